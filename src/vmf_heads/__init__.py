@@ -1,0 +1,15 @@
+"""von Mises-Fisher prototype heads, centring and normaliser for DINO, iBOT and MSN in PyTorch."""
+
+from .centering import ProbabilityCentering
+from .head import VMFPrototypeHead, set_temperature
+from .special import log_vmf_normalizer, vmf_mean_resultant
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ProbabilityCentering",
+    "VMFPrototypeHead",
+    "log_vmf_normalizer",
+    "set_temperature",
+    "vmf_mean_resultant",
+]

@@ -1,0 +1,203 @@
+"""Uniform expansion of the von Mises-Fisher log-normaliser, its slope and its curvature.
+
+Notation: nu = p/2 - 1 is the Bessel order, N = nu + m the order at which the expansion is summed, r = kappa/N,
+q = sqrt(1 + r^2), t = 1/q, u = q - 1. D is the log-normaliser relative to kappa = 0, A = -dD/dkappa, B = 1 - A:
+
+    D_N = -{ N (u - log1p(u/2)) - log1p(u)/2 + u t W(t) },      W = (G(t) - G(1)) / (1 - t),   G = sum_i V_i(t) / N^i
+    A_N = r { 1/(1 + q) + t^2 H(t) },                           H = -1/(2N) - t G'(t)/N
+    B_N = (1 + 1/(q + r)) / (1 + q) - r t^2 H(t)
+    X'_N = t/(q + r) - r t^3 J(t),  X = kappa B,                J = 2 t H - (1 - t^2) H'
+
+where sum_i V_i(t)/N^i is the logarithm of sum_i U_i(t)/N^i in DLMF 10.41.3. V_i(1) are the coefficients of Stirling's
+series, so every gamma function of C_p cancels against G(1). Each line is a sum of terms that do not cancel, and
+vanishes with its first factor exactly where the function does: kappa = 0 needs no special case.
+
+From N down to nu goes the recurrence A_v = kappa / (2(v+1) + kappa A_{v+1}) (DLMF 10.29.1), written with B:
+
+    y_v = 2(v+1) - X_{v+1},   A_v = kappa / (kappa + y_v),   B_v = y_v / (kappa + y_v)
+    A'_v = (y_v + kappa X'_{v+1}) / (kappa + y_v)^2,         X'_v = B_v^2 - A_v^2 X'_{v+1}
+
+y_v lies in [v + 1/2, 2v + 2], so it never cancels, and its errors reach A_v multiplied by B_v. Carrying A itself adds
+one rounding of 1 per order; the derivative of the plain recurrence, and the Riccati equation A' = 1 - A^2 - (p-1)
+A/kappa, both cancel. Here both terms of A' are positive.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ._debye import Polynomial, debye_log_polynomials, horner
+
+# (smallest order N, terms M) that keep the truncation below rounding; smaller orders are shifted up to the last N.
+_TERMS = {
+    torch.float64: ((127, 6), (63, 8), (31, 10), (20, 13), (16, 16)),
+    torch.float32: ((255, 1), (63, 2), (31, 3), (9, 6), (7, 7)),
+}
+# Above this kappa, D = D(bound) - (kappa - bound) to rounding; below it no square and no product of factors overflows.
+_KAPPA_BOUND = {torch.float64: 1e75, torch.float32: 1e18}
+# How many factors 1 + kappa A/(2v+2) <= kappa share one logarithm without overflow below the bound.
+_FACTORS_PER_LOG = {torch.float64: 4, torch.float32: 2}
+# For p <= 16 and kappa beyond the switch, errors of y at N would reach A' magnified by N/nu; the large-kappa series is
+# exact to rounding there with so many terms.
+_TAIL_HIGHEST_P = 16
+_TAIL_SWITCH = {torch.float64: 28, torch.float32: 14}
+_TAIL_TERMS = {torch.float64: 26, torch.float32: 21}
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Constants of one (p, dtype); polynomials by ascending powers of t."""
+
+    N: float
+    steps: tuple[float, ...]  # 2(v+1) for v = N-1, N-2, ..., nu
+    W: tuple[float, ...]
+    H: tuple[float, ...]
+    J: tuple[float, ...]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def expansion(p: int, dtype: torch.dtype, fewest_steps: int = 0) -> Expansion:
+    """The constants for dimension `p` in `dtype`; constants of the graph, too, where torch.compile traces through."""
+    return _expand(p, dtype, fewest_steps)
+
+
+@cache
+def _expand(p: int, dtype: torch.dtype, fewest_steps: int) -> Expansion:
+    """Exact rationals, each rounded once to a float."""
+    nu = Fraction(p, 2) - 1
+    table = _TERMS[dtype]
+    smallest, terms = next((row for row in table if nu + fewest_steps >= row[0]), table[-1])
+    shift = max(fewest_steps, math.ceil(smallest - nu))
+    N = nu + shift
+
+    G: Polynomial = [Fraction(0)] * (3 * terms + 1)
+    for i, V in enumerate(debye_log_polynomials(terms), start=1):
+        for power, coefficient in enumerate(V):
+            G[power] += coefficient / N**i
+
+    # (G(t) - G(1)) / (1 - t) by synthetic division: the coefficient of t^k is minus the sum of those above it.
+    W = [-sum(G[k + 1 :], Fraction(0)) for k in range(len(G) - 1)]
+    H = [-power * c / N for power, c in enumerate(G)]
+    H[0] -= 1 / (2 * N)
+    J = [Fraction(0)] * (len(H) + 1)
+    for power, c in enumerate(H):
+        J[power + 1] += (2 + power) * c
+        if power:
+            J[power - 1] -= power * c
+
+    steps = tuple(float(2 * (N - j)) for j in range(shift))
+    return Expansion(float(N), steps, *(tuple(map(float, polynomial)) for polynomial in (W, H, J)))
+
+
+def relative_log_normalizer(kappa: Tensor, p: int) -> Tensor:
+    """D(kappa) = log C_p(kappa) - log C_p(0); -inf at +inf, NaN below 0."""
+    e = expansion(p, kappa.dtype)
+    bounded = _bounded(kappa)
+    r, q, t = _coordinates(bounded, e)
+    u = r * (r / (1 + q))  # q - 1 without the cancellation
+    log_f = e.N * (u - torch.log1p(u / 2)) - torch.log1p(u) / 2 + (u * t) * horner(e.W, t)
+
+    # 0F1 steps down one order with the factor 1 + kappa A_{v+1}/(2v+2); several factors share a
+    # logarithm, and their product is kept minus one.
+    if e.steps:
+        H = horner(e.H, t)
+        A, B = _slope(r, q, t, H), _complement(r, q, t, H)
+        product = torch.zeros_like(kappa)
+        for count, step in enumerate(e.steps, start=1):
+            factor = bounded * A / step
+            product = product + factor + product * factor
+            if count % _FACTORS_PER_LOG[kappa.dtype] == 0 or count == len(e.steps):
+                log_f = log_f + torch.log1p(product)
+                product = torch.zeros_like(kappa)
+            A, B, _ = _step_down(bounded, B, step)
+    return _nan_below_zero(kappa, (bounded - kappa) - log_f)
+
+
+def mean_resultant(kappa: Tensor, p: int) -> Tensor:
+    """A(kappa) = I_{p/2}(kappa) / I_{p/2-1}(kappa) = -dD/dkappa, in [0, 1]; NaN below 0."""
+    e = expansion(p, kappa.dtype)
+    bounded = _bounded(kappa)
+    r, q, t = _coordinates(bounded, e)
+    H = horner(e.H, t)
+    A = _slope(r, q, t, H)
+    if e.steps:
+        B = _complement(r, q, t, H)
+        for step in e.steps:
+            A, B, _ = _step_down(bounded, B, step)
+    return _nan_below_zero(kappa, A.clamp(max=1))  # rounding may step over the supremum
+
+
+def curvature(kappa: Tensor, p: int) -> Tensor:
+    """A'(kappa) = dA/dkappa > 0, the variance of <mu, y> under the component; 1/p at 0, NaN below 0."""
+    e = expansion(p, kappa.dtype, fewest_steps=1)
+    bounded = _bounded(kappa)
+    r, q, t = _coordinates(bounded, e)
+    H = horner(e.H, t)
+    B = _complement(r, q, t, H)
+    dX = t / (q + r) - r * t * t * (t * horner(e.J, t))
+    result = dX  # replaced below: at least one step is taken
+    for step in e.steps:
+        A, B, total = _step_down(bounded, B, step)
+        result = (B + A * dX) / total
+        dX = B * B - A * A * dX
+    if p <= _TAIL_HIGHEST_P:
+        switch = _TAIL_SWITCH[kappa.dtype]
+        result = torch.where(bounded <= switch, result, _tail_curvature(bounded.clamp(min=switch), p))
+    return _nan_below_zero(kappa, result)
+
+
+def _bounded(kappa: Tensor) -> Tensor:
+    return kappa.clamp(max=_KAPPA_BOUND[kappa.dtype])
+
+
+def _coordinates(kappa: Tensor, e: Expansion) -> tuple[Tensor, Tensor, Tensor]:
+    r = kappa / e.N
+    q = torch.sqrt(1 + r * r)
+    return r, q, 1 / q
+
+
+def _slope(r: Tensor, q: Tensor, t: Tensor, H: Tensor) -> Tensor:
+    return r * (1 / (1 + q) + t * t * H)
+
+
+def _complement(r: Tensor, q: Tensor, t: Tensor, H: Tensor) -> Tensor:
+    return (1 + 1 / (q + r)) / (1 + q) - r * t * (t * H)
+
+
+def _step_down(kappa: Tensor, B: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(A_v, B_v, kappa + y_v) from B_{v+1} and step = 2(v+1)."""
+    y = step - kappa * B
+    total = kappa + y
+    return kappa / total, y / total, total
+
+
+def _tail_curvature(kappa: Tensor, p: int) -> Tensor:
+    """A' = -sum_j j c_j / kappa^{j+1}, where A ~ sum_j c_j / kappa^j."""
+    coefficients = _tail_coefficients(p, kappa.dtype)
+    y = _TAIL_SWITCH[kappa.dtype] / kappa
+    return horner(coefficients, y) * y * y
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tail_coefficients(p: int, dtype: torch.dtype) -> tuple[float, ...]:
+    return _expand_tail(p, dtype)
+
+
+@cache
+def _expand_tail(p: int, dtype: torch.dtype) -> tuple[float, ...]:
+    """-j c_j / switch^{j+1}, j >= 1; the Riccati equation A' = 1 - A^2 - (p-1) A/kappa gives c_j term by term."""
+    c = [Fraction(1), Fraction(1 - p, 2)]
+    for j in range(2, _TAIL_TERMS[dtype] + 1):
+        products = sum((c[i] * c[j - i] for i in range(1, j)), Fraction(0))
+        c.append(((j - p) * c[j - 1] - products) / 2)
+    return tuple(float(-j * c[j] / Fraction(_TAIL_SWITCH[dtype]) ** (j + 1)) for j in range(1, len(c)))
+
+
+def _nan_below_zero(kappa: Tensor, value: Tensor) -> Tensor:
+    return torch.where(kappa < 0, torch.nan, value)

@@ -1,0 +1,76 @@
+"""One compiled pointwise kernel per (function, p, dtype), for eager callers on CUDA.
+
+The expansion is some fifty elementwise operations; launched one by one they cost more than they compute. torch.compile
+turns them into one kernel (Triton on CUDA, C++ on CPU); inside a region that the user compiles they are fused there
+anyway.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+Pointwise = Callable[[Tensor, int], Tensor]  # (kappa, p) -> same shape and dtype
+
+_warned = False
+
+
+def evaluate(function: Pointwise, kappa: Tensor, p: int, fused: bool | None) -> Tensor:
+    """`function(kappa, p)`, through one compiled kernel where that is wanted (`fused`) and possible.
+
+    fused=None means: on CUDA. Where the kernel cannot be built, `fused=None` warns once and goes on with plain
+    operations; `fused=True` raises RuntimeError.
+    """
+    global _warned
+    wanted = kappa.is_cuda if fused is None else fused
+    if not wanted or not _is_plain_eager(kappa) or (fused is None and _warned):
+        return function(kappa, p)
+    try:
+        # Flat, so that one compiled kernel with a symbolic length serves every shape and stride.
+        return _kernel(function, p, kappa.dtype)(kappa.detach().reshape(-1)).reshape(kappa.shape)
+    except Exception as error:
+        if fused:
+            raise RuntimeError(
+                "`fused` (=True) needs torch.compile to work on this machine (Triton on CUDA, a C++ compiler on CPU); "
+                "it failed with the error above. `fused=None` falls back to plain operations, `fused=False` "
+                "never compiles"
+            ) from error
+        _warned = True
+        warnings.warn(
+            f"vmf_heads: torch.compile failed ({type(error).__name__}: {error}); the normaliser goes on with plain "
+            "operations, which are exact but slower. Pass `fused=False` to choose them without this warning.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return function(kappa, p)
+
+
+def _is_plain_eager(kappa: Tensor) -> bool:
+    """Whether nothing traces, transforms or replaces the operations on `kappa`, and there is enough to compile for."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not torch._C._are_functorch_transforms_active()
+        and _get_current_dispatch_mode() is None
+        and type(kappa) in (Tensor, torch.nn.Parameter)
+        and not kappa.is_meta
+        and kappa.numel() > 1  # lengths 0 and 1 are specialised by torch.compile: a kernel each
+    )
+
+
+@cache
+def _kernel(function: Pointwise, p: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def pointwise(kappa: Tensor) -> Tensor:
+        return function(kappa, operator.index(p))  # operator.index: a constant for torch.compile, not a symbol
+
+    # torch.compile keeps its cache, and its limit on recompilations, per code object: each kernel needs its own.
+    code = pointwise.__code__.replace(co_name=f"{function.__name__}_{p}_{str(dtype).removeprefix('torch.')}")
+    own = FunctionType(code, pointwise.__globals__, code.co_name, None, pointwise.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True)

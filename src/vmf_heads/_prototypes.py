@@ -1,0 +1,106 @@
+"""The last layer of a prototype head: prototypes w_k = g_k v_k / ||v_k|| and their scores <w_k, y>."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from .special import log_vmf_normalizer
+
+# torch.mm takes `out_dtype` since 2.8, on CUDA only (on CPU it raises).
+_MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 8)
+
+
+class Prototypes(nn.Module):
+    """What `weight_norm(nn.Linear(dim, num_prototypes, bias=False))` is in DINO, without hooks.
+
+    Parameters, in DINO's order: `weight_g` (K, 1) holds the norms, `weight_v` (K, p) the directions. Being hook-free
+    it can be deep-copied, pickled and compiled. It saves `weight_g` and `weight_v`, and loads those, the names of
+    `torch.nn.utils.parametrizations.weight_norm`, or the plain `weight` of a linear layer.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # the initialisation of nn.Linear, as in DINO
+
+    @property
+    def weight(self) -> Tensor:
+        """The prototypes (K, p), in float32 unless the parameters are float64."""
+        return F.normalize(_at_least_float32(self.weight_v), dim=1) * _at_least_float32(self.weight_g)
+
+    @property
+    def norms(self) -> Tensor:
+        """||w_k|| = |g_k| (K,); kappa_k is this over the temperature."""
+        return _at_least_float32(self.weight_g).abs().squeeze(1)
+
+    def forward(self, features: Tensor, *, exact: bool = False) -> Tensor:
+        """Scores (..., K) of unit features (..., p), in float32.
+
+        Under CUDA autocast the operands are rounded to the autocast dtype and the product accumulates in float32,
+        unless `exact`; elsewhere nothing is rounded.
+        """
+        device = features.device.type
+        if device == "cuda" and torch.is_autocast_enabled(device) and not exact:
+            return _HalfScores.apply(features, self.weight, torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return F.linear(_at_least_float32(features), self.weight)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return f"dim={self.weight_v.shape[1]}, num_prototypes={self.weight_v.shape[0]}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for new, parametrized in (("weight_g", "original0"), ("weight_v", "original1")):
+            old = f"{prefix}parametrizations.weight.{parametrized}"
+            if old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(old)
+        if prefix + "weight" in state_dict:
+            weight = state_dict.pop(prefix + "weight")
+            state_dict[prefix + "weight_v"] = weight
+            state_dict[prefix + "weight_g"] = weight.norm(dim=1, keepdim=True)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def prototype_log_normalizer(norms: Tensor, p: int, temperature: float) -> Tensor:
+    """log C_p(||w_k||/temperature) - log C_p(1/temperature), (K,) in float32: 0 for prototypes of norm 1.
+
+    The constant does not change a softmax over k; with it, a head whose prototypes all have norm 1 is DINO's own.
+    """
+    with torch.autocast(norms.device.type, enabled=False):
+        unit = log_vmf_normalizer(torch.ones_like(norms[:1]) / temperature, p, relative=True)
+        return log_vmf_normalizer(norms / temperature, p, relative=True) - unit
+
+
+class _HalfScores(Function):
+    """features @ prototypes.T of operands rounded to `dtype`, accumulated and returned in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, prototypes: Tensor, dtype: torch.dtype) -> Tensor:
+        y, w = features.to(dtype), prototypes.to(dtype)
+        ctx.save_for_backward(y, w)
+        return _mm_float32(y.flatten(0, -2), w.t()).unflatten(0, y.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        y, w = ctx.saved_tensors
+        g = grad.to(y.dtype).flatten(0, -2)
+        grad_y = _mm_float32(g, w).view(y.shape) if ctx.needs_input_grad[0] else None
+        grad_w = _mm_float32(g.t(), y.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return grad_y, grad_w, None
+
+
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda and _MM_HAS_OUT_DTYPE:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

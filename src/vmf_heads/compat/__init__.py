@@ -1,0 +1,1 @@
+"""Drop-in replacements: the class names and signatures of the original repositories, one module each."""

@@ -1,0 +1,233 @@
+"""DINO-vMF inside facebookresearch/dino: `DINOHead` and `DINOLoss` with the original's names and signatures.
+
+The change to main_dino.py, to be run with `--norm_last_layer false`::
+
+    -from vision_transformer import DINOHead
+    +from vmf_heads.compat.dino import DINOHead, DINOLoss as VMFDINOLoss
+
+    -    dino_loss = DINOLoss(
+    +    dino_loss = VMFDINOLoss(
+
+    +    dino_loss.attach(student, teacher)     # after both are built and wrapped
+
+(The alias is needed because main_dino.py defines its own class DINOLoss further down, which would shadow the import.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._checks import at_least, one_of, positive
+from .._distributed import all_reduce_sum_
+from .._prototypes import prototype_log_normalizer
+from ..centering import ProbabilityCentering
+from ..head import VMFPrototypeHead
+from ._attach import find_head, warn_if_norms_are_frozen
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["DINOHead", "DINOLoss"]
+
+# The library's head has the constructor and the parameter names of DINO's; only norm_last_layer defaults to False.
+DINOHead = VMFPrototypeHead
+
+CENTERING = ("probability", "logit")
+
+
+class DINOLoss(nn.Module):
+    """The loss of DINO-vMF: cross-entropy between Eq. 7 of the teacher and Eq. 6 of the student, over pairs of crops.
+
+    Equals, for student probabilities P_s[v] of crop v and teacher probabilities P_t[u] of global crop u, (B, K) each::
+
+        loss, terms = 0, 0
+        for u in range(2):
+            for v in range(ncrops):
+                if v != u:
+                    loss += (-P_t[u] * log(P_s[v])).sum(dim=1).mean()
+                    terms += 1
+        loss / terms
+
+    followed by one update of the centre with the teacher's scores of this batch. With heads of prototype norm 1 and
+    centering="logit" it is DINO's own loss.
+
+    Args:
+        out_dim: number of prototypes K.
+        ncrops: crops per image, the 2 global ones first.
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs: the teacher's temperature rises linearly
+            from the first to the second over so many epochs, then stays.
+        student_temp: the student's temperature.
+        center_momentum: momentum of the centre.
+        centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p, for the ablation of Table 1.
+        center_on: see `ProbabilityCentering`; for centering="probability" only.
+        process_group: the ranks that share one centre; None means all of them.
+
+    `attach(student, teacher)` must be called once, after the models are built and wrapped: the loss owns both
+    temperatures. State dict: `log_center` (K,) with probability centring; `center` (1, K), as in DINO, with logit
+    centring. A DINO checkpoint's `center` loads into either.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range or an output has the wrong shape.
+        RuntimeError: called before `attach`, or the teacher's head has not run.
+
+    Source: Govindarajan et al., ICLR 2023, Eq. 6, 7, 8 and 9; Caron et al., ICCV 2021.
+
+    >>> import torch
+    >>> from vmf_heads.compat.dino import DINOHead, DINOLoss
+    >>> student, teacher = (DINOHead(16, 32, hidden_dim=16, bottleneck_dim=8) for _ in range(2))
+    >>> loss = DINOLoss(32, 4, 0.04, 0.07, warmup_teacher_temp_epochs=3, nepochs=10)
+    >>> loss.attach(student, teacher)
+    >>> crops = torch.randn(4 * 5, 16)  # 4 crops of 5 images, crop by crop; the teacher sees the first two
+    >>> loss(student(crops), teacher(crops[: 2 * 5]), epoch=0).shape
+    torch.Size([])
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        out_dim: int,
+        ncrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        *,
+        centering: str = "probability",
+        center_on: str = "scores",
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        positive("warmup_teacher_temp", warmup_teacher_temp)
+        positive("teacher_temp", teacher_temp)
+        at_least("nepochs", nepochs, 1)
+        if not 0 <= warmup_teacher_temp_epochs <= nepochs:
+            raise ValueError(
+                f"`warmup_teacher_temp_epochs` (={warmup_teacher_temp_epochs}) must be in [0, `nepochs` (={nepochs})]"
+            )
+        self.ncrops = at_least("ncrops", ncrops, 2)
+        self.student_temp = positive("student_temp", student_temp)
+        self.center_momentum = center_momentum
+        self.process_group = process_group
+        self.teacher_temp_schedule = np.concatenate(
+            (
+                np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs),
+                np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp),
+            )
+        )
+        self.centering: ProbabilityCentering | None = None
+        if one_of("centering", centering, CENTERING) == "probability":
+            self.centering = ProbabilityCentering(
+                out_dim, center_momentum, center_on=center_on, process_group=process_group
+            )
+        else:
+            self.register_buffer("center", torch.zeros(1, at_least("out_dim", out_dim, 1)))
+        # In a tuple, so that the heads do not become submodules and are not saved with the loss.
+        self._heads: tuple[VMFPrototypeHead, VMFPrototypeHead] | None = None
+
+    def attach(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Find the head in `student` and in `teacher` (through DDP, FSDP or compile) and take over their temperatures.
+
+        From now on the student's head returns logits at `student_temp`, the teacher's raw scores. Calling it again
+        with the same models does nothing.
+
+        Raises ValueError unless each holds exactly one head and both have the same dimensions, RuntimeError if a head
+        already serves another loss in another way; warns if the student's prototype norms are frozen.
+        """
+        student_head, teacher_head = find_head(student, "student"), find_head(teacher, "teacher")
+        if student_head.normalizer != teacher_head.normalizer:
+            raise ValueError(
+                f"`normalizer` of the teacher's head (={teacher_head.normalizer!r}) must be that of the student's "
+                f"(={student_head.normalizer!r})"
+            )
+        warn_if_norms_are_frozen(student_head)
+        student_head.attach_output("logits")
+        teacher_head.attach_output("scores")
+        student_head.temperature = self.student_temp
+        self._heads = (student_head, teacher_head)
+
+    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
+        """The loss of `student_output` (ncrops * B, K) against `teacher_output` (2 * B, K), crop by crop; updates the
+        centre."""
+        targets = self.targets(teacher_output, epoch).chunk(2)
+        if student_output.shape[0] * 2 != teacher_output.shape[0] * self.ncrops:
+            raise ValueError(
+                f"`student_output` (of {student_output.shape[0]} rows) must have `ncrops` (={self.ncrops}) rows "
+                f"for every 2 of `teacher_output` (of {teacher_output.shape[0]} rows)"
+            )
+        total = student_output.new_zeros((), dtype=torch.float32)
+        terms = 0
+        for v, logits in enumerate(student_output.float().chunk(self.ncrops)):
+            log_probabilities = torch.log_softmax(logits / self.student_temp, dim=1)
+            for u, target in enumerate(targets):
+                if u != v:  # the same view of the same image teaches nothing
+                    total = total - (target * log_probabilities).sum(dim=1).mean()
+                    terms += 1
+        self.update_center(teacher_output, epoch)
+        return total / terms
+
+    @torch.no_grad()
+    def targets(self, teacher_output: Tensor, epoch: int) -> Tensor:
+        """The teacher's probabilities P_t (2 * B, K) of its raw scores, Eq. 7; the centre stays as it is."""
+        temperature, bias = self._teacher(teacher_output, epoch)
+        logits = teacher_output.float() / temperature + bias
+        if self.centering is None:
+            return torch.softmax(logits - self.center / temperature, dim=1)
+        self.centering.convert_logit_center_(temperature)
+        return torch.softmax(self.centering(logits), dim=1)
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor, epoch: int) -> None:
+        """One step of Eq. 9 ("probability") or Eq. 8 ("logit") from this batch, over all ranks; `forward` calls it."""
+        temperature, bias = self._teacher(teacher_output, epoch)
+        if self.centering is not None:
+            self.centering.update_(teacher_output, temperature, log_normalizer=bias)
+            return
+        logits = teacher_output.float() + temperature * bias
+        rows = logits.new_full((1,), logits.shape[0])
+        total = all_reduce_sum_(torch.cat([logits.sum(dim=0), rows]), self.process_group)
+        self.center.lerp_((total[:-1] / total[-1]).unsqueeze(0), 1 - self.center_momentum)
+
+    def _teacher(self, teacher_output: Tensor, epoch: int) -> tuple[float, Tensor]:
+        """(temperature, log C_p of the teacher's prototypes (K,) up to a constant) for this forward of the teacher."""
+        if self._heads is None:
+            raise RuntimeError("call `attach(student, teacher)` once before the loss: it owns the heads' temperatures")
+        head = self._heads[1]
+        if head.last_prototype_norms is None:
+            raise RuntimeError("the attached teacher's head has not run: call the teacher before the loss")
+        num_prototypes = head.last_prototype_norms.numel()
+        if teacher_output.shape[1:] != (num_prototypes,) or teacher_output.shape[0] % 2:
+            raise ValueError(
+                f"`teacher_output` (of shape {tuple(teacher_output.shape)}) must be (2 * batch, {num_prototypes}), "
+                "the scores of the 2 global crops"
+            )
+        if not 0 <= epoch < len(self.teacher_temp_schedule):
+            raise ValueError(f"`epoch` (={epoch}) must be in [0, `nepochs` (={len(self.teacher_temp_schedule)}))")
+        temperature = float(self.teacher_temp_schedule[epoch])
+        if head.normalizer == "none":
+            return temperature, torch.zeros_like(head.last_prototype_norms)
+        return temperature, prototype_log_normalizer(head.last_prototype_norms, head.bottleneck_dim, temperature)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_heads": None}  # a copy is not attached and does not carry the models along
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The state of DINO's loss, with `log_center` in place of `center` where centring is in probability space."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in ("log_center", "logit_center"):
+            if f"{prefix}centering.{name}" in state:
+                state[prefix + name] = state.pop(f"{prefix}centering.{name}")
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.centering is not None:
+            for name in ("log_center", "logit_center", "center"):
+                if prefix + name in state_dict:
+                    state_dict[f"{prefix}centering.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
