@@ -1,6 +1,7 @@
 """von Mises-Fisher prototype heads, centring and normaliser for DINO, iBOT and MSN in PyTorch."""
 
 from .centering import ProbabilityCentering
+from .cross_entropy import prototype_cross_entropy
 from .head import VMFPrototypeHead, set_temperature
 from .special import log_vmf_normalizer, vmf_mean_resultant
 
@@ -10,6 +11,7 @@ __all__ = [
     "ProbabilityCentering",
     "VMFPrototypeHead",
     "log_vmf_normalizer",
+    "prototype_cross_entropy",
     "set_temperature",
     "vmf_mean_resultant",
 ]

@@ -1,4 +1,4 @@
-"""The one collective the library uses."""
+"""The one collective the library uses, and the one question it asks of a sharded model."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def all_reduce_sum_(tensor: Tensor, process_group: dist.ProcessGroup | None = No
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor, group=process_group)
     return tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, as FSDP2 makes of parameters. (Its import path moved between torch versions.)"""
+    return hasattr(tensor, "placements")

@@ -33,8 +33,9 @@ def evaluate(function: Pointwise, kappa: Tensor, p: int, fused: bool | None) -> 
     if not wanted or not _is_plain_eager(kappa) or (fused is None and _warned):
         return function(kappa, p)
     try:
-        # Flat, so that one compiled kernel with a symbolic length serves every shape and stride.
-        return _kernel(function, p, kappa.dtype)(kappa.detach().reshape(-1)).reshape(kappa.shape)
+        # Contiguous, flat and no view (torch.compile guards on strides and on the base of a view; `.data` has none), so
+        # that one compiled kernel with a symbolic length serves every input.
+        return _kernel(function, p, kappa.dtype)(kappa.reshape(-1).contiguous().data).reshape(kappa.shape)
     except Exception as error:
         if fused:
             raise RuntimeError(

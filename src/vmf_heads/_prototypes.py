@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from ._matmul import at_least_float32, autocast_dtype, mm_float32
 from .special import log_vmf_normalizer
-
-# torch.mm takes `out_dtype` since 2.8, on CUDA only (on CPU it raises).
-_MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 8)
 
 
 class Prototypes(nn.Module):
@@ -33,12 +31,13 @@ class Prototypes(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The prototypes (K, p), in float32 unless the parameters are float64."""
-        return F.normalize(_at_least_float32(self.weight_v), dim=1) * _at_least_float32(self.weight_g)
+        # The kernel behind torch.nn.utils.weight_norm: DINO to the last bit, and its backward is one pass over (K, p).
+        return torch._weight_norm(at_least_float32(self.weight_v), at_least_float32(self.weight_g), 0)
 
     @property
     def norms(self) -> Tensor:
         """||w_k|| = |g_k| (K,); kappa_k is this over the temperature."""
-        return _at_least_float32(self.weight_g).abs().squeeze(1)
+        return at_least_float32(self.weight_g).abs().squeeze(1)
 
     def forward(self, features: Tensor, *, exact: bool = False) -> Tensor:
         """Scores (..., K) of unit features (..., p), in float32.
@@ -46,11 +45,11 @@ class Prototypes(nn.Module):
         Under CUDA autocast the operands are rounded to the autocast dtype and the product accumulates in float32,
         unless `exact`; elsewhere nothing is rounded.
         """
-        device = features.device.type
-        if device == "cuda" and torch.is_autocast_enabled(device) and not exact:
-            return _HalfScores.apply(features, self.weight, torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
-            return F.linear(_at_least_float32(features), self.weight)
+        half = None if exact else autocast_dtype(features.device)
+        if half is not None:
+            return _HalfScores.apply(features, self.weight, half)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(at_least_float32(features), self.weight)
 
     def extra_repr(self) -> str:
         """What print(module) shows."""
@@ -85,22 +84,12 @@ class _HalfScores(Function):
     def forward(ctx: Any, features: Tensor, prototypes: Tensor, dtype: torch.dtype) -> Tensor:
         y, w = features.to(dtype), prototypes.to(dtype)
         ctx.save_for_backward(y, w)
-        return _mm_float32(y.flatten(0, -2), w.t()).unflatten(0, y.shape[:-1])
+        return mm_float32(y.flatten(0, -2), w.t()).unflatten(0, y.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         y, w = ctx.saved_tensors
         g = grad.to(y.dtype).flatten(0, -2)
-        grad_y = _mm_float32(g, w).view(y.shape) if ctx.needs_input_grad[0] else None
-        grad_w = _mm_float32(g.t(), y.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        grad_y = mm_float32(g, w).view(y.shape) if ctx.needs_input_grad[0] else None
+        grad_w = mm_float32(g.t(), y.flatten(0, -2)) if ctx.needs_input_grad[1] else None
         return grad_y, grad_w, None
-
-
-def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_cuda and _MM_HAS_OUT_DTYPE:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

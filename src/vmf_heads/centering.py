@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._checks import at_least, one_of, positive
 from ._distributed import all_reduce_sum_
+from ._matmul import at_least_float32
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -116,7 +117,7 @@ class ProbabilityCentering(nn.Module):
         rows = scores.flatten(0, -2) if scores.dim() > 1 else scores.unsqueeze(0)
         total = torch.full_like(self.log_center, -torch.inf)
         for chunk in rows.split(max(1, _CHUNK_ELEMENTS // rows.shape[1])):
-            logits = chunk.float() / temperature
+            logits = at_least_float32(chunk) / temperature
             log_probabilities = torch.log_softmax(logits if bias is None else logits + bias, dim=1)
             total = torch.logaddexp(total, torch.logsumexp(log_probabilities, dim=0))
         return total, rows.shape[0]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._checks import at_least, one_of, positive
+from ._matmul import at_least_float32
 from ._prototypes import Prototypes, prototype_log_normalizer
 
 __all__ = ["VMFPrototypeHead", "set_temperature"]
@@ -117,7 +118,20 @@ class VMFPrototypeHead(nn.Module):
         if self.normalizer == "none":
             return scores
         tau = self.temperature if temperature is None else positive("temperature", temperature)
-        return scores + tau * prototype_log_normalizer(self.last_layer.norms, self.bottleneck_dim, tau)
+        return scores + tau * self.log_normalizer(tau)
+
+    def log_normalizer(self, temperature: float, *, of_last_forward: bool = False) -> Tensor:
+        """log C_p(||w_k|| / temperature) - log C_p(1 / temperature) (K,), zeros for normalizer="none".
+
+        `of_last_forward` takes the norms, without gradient, from the last forward that returned scores, instead of the
+        parameters: those are sharded between forwards under FSDP. Raises RuntimeError if there was none.
+        """
+        norms = self.last_prototype_norms if of_last_forward else self.last_layer.norms
+        if norms is None:
+            raise RuntimeError("this head has not returned scores yet: call the teacher before the loss")
+        if self.normalizer == "none":
+            return torch.zeros_like(norms)
+        return prototype_log_normalizer(norms, self.bottleneck_dim, temperature)
 
     def attach_output(self, output: str) -> None:
         """Make the head return `output` for a loss that needs it; called by the `attach` of the losses in `compat`.
@@ -147,7 +161,7 @@ class VMFPrototypeHead(nn.Module):
     def _features(self, x: Tensor) -> Tensor:
         y = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1]) if x.dim() > 2 else self.mlp(x)
         # float32: in half precision the squares under- or overflow, which is where DINO's NaNs were traced to.
-        return F.normalize(y.float() if y.dtype in (torch.float16, torch.bfloat16) else y, dim=-1)
+        return F.normalize(at_least_float32(y), dim=-1)
 
 
 def set_temperature(module: nn.Module, temperature: float) -> None:

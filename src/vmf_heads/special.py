@@ -192,4 +192,6 @@ def _prepare(kappa: Tensor, p: int) -> tuple[Tensor, int]:
 
 
 def _restore(value: Tensor, kappa: Tensor) -> Tensor:
-    return value if torch.is_autocast_enabled(kappa.device.type) else value.to(kappa.dtype)
+    device = kappa.device.type
+    under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
+    return value if under_autocast else value.to(kappa.dtype)

@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 
+from .._distributed import is_sharded
 from ..head import VMFPrototypeHead
 
 
@@ -31,4 +32,18 @@ def warn_if_norms_are_frozen(head: VMFPrototypeHead) -> None:
             "normalisation does nothing. Build the head with norm_last_layer=False (`--norm_last_layer false` in DINO)",
             UserWarning,
             stacklevel=3,
+        )
+
+
+def check_prototypes_are_reachable(student: nn.Module, head: VMFPrototypeHead) -> None:
+    """Raise where reading the prototypes outside the model's forward, as the fused loss does, gives wrong gradients."""
+    if is_sharded(head.last_layer.weight_v):
+        raise ValueError(
+            "`fused` (=True) cannot be used with prototypes sharded by FSDP2 (DTensor): read outside the model's "
+            "forward, their gradients are silently wrong. Use fused=False, or leave the head unsharded"
+        )
+    if getattr(student, "find_unused_parameters", False):
+        raise ValueError(
+            "`fused` (=True) cannot be used with DistributedDataParallel(find_unused_parameters=True): the prototypes "
+            "are used outside the model's forward and count as unused. Use find_unused_parameters=False or fused=False"
         )

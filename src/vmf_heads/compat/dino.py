@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from .._checks import at_least, one_of, positive
 from .._distributed import all_reduce_sum_
-from .._prototypes import prototype_log_normalizer
+from .._matmul import at_least_float32
 from ..centering import ProbabilityCentering
+from ..cross_entropy import dino_pairs, prototype_cross_entropy
 from ..head import VMFPrototypeHead
-from ._attach import find_head, warn_if_norms_are_frozen
+from ._attach import check_prototypes_are_reachable, find_head, warn_if_norms_are_frozen
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,6 +65,8 @@ class DINOLoss(nn.Module):
         center_momentum: momentum of the centre.
         centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p, for the ablation of Table 1.
         center_on: see `ProbabilityCentering`; for centering="probability" only.
+        fused: compute loss and gradients from features with `prototype_cross_entropy`, without the (N, K) logits. Same
+            numbers to rounding, a fraction of the memory; attached heads then return features.
         process_group: the ranks that share one centre; None means all of them.
 
     `attach(student, teacher)` must be called once, after the models are built and wrapped: the loss owns both
@@ -101,6 +104,7 @@ class DINOLoss(nn.Module):
         *,
         centering: str = "probability",
         center_on: str = "scores",
+        fused: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -114,6 +118,7 @@ class DINOLoss(nn.Module):
         self.ncrops = at_least("ncrops", ncrops, 2)
         self.student_temp = positive("student_temp", student_temp)
         self.center_momentum = center_momentum
+        self.fused = fused
         self.process_group = process_group
         self.teacher_temp_schedule = np.concatenate(
             (
@@ -134,11 +139,11 @@ class DINOLoss(nn.Module):
     def attach(self, student: nn.Module, teacher: nn.Module) -> None:
         """Find the head in `student` and in `teacher` (through DDP, FSDP or compile) and take over their temperatures.
 
-        From now on the student's head returns logits at `student_temp`, the teacher's raw scores. Calling it again
-        with the same models does nothing.
+        From now on the student's head returns logits at `student_temp` and the teacher's raw scores, or both return
+        features with fused=True. Calling it again with the same models does nothing.
 
-        Raises ValueError unless each holds exactly one head and both have the same dimensions, RuntimeError if a head
-        already serves another loss in another way; warns if the student's prototype norms are frozen.
+        Raises ValueError unless each holds exactly one head and both are of a kind, RuntimeError if a head already
+        serves another loss in another way; warns if the student's prototype norms are frozen.
         """
         student_head, teacher_head = find_head(student, "student"), find_head(teacher, "teacher")
         if student_head.normalizer != teacher_head.normalizer:
@@ -146,73 +151,110 @@ class DINOLoss(nn.Module):
                 f"`normalizer` of the teacher's head (={teacher_head.normalizer!r}) must be that of the student's "
                 f"(={student_head.normalizer!r})"
             )
+        if self.fused:
+            check_prototypes_are_reachable(student, student_head)
         warn_if_norms_are_frozen(student_head)
-        student_head.attach_output("logits")
-        teacher_head.attach_output("scores")
+        student_head.attach_output("features" if self.fused else "logits")
+        teacher_head.attach_output("features" if self.fused else "scores")
         student_head.temperature = self.student_temp
         self._heads = (student_head, teacher_head)
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
-        """The loss of `student_output` (ncrops * B, K) against `teacher_output` (2 * B, K), crop by crop; updates the
-        centre."""
-        targets = self.targets(teacher_output, epoch).chunk(2)
-        if student_output.shape[0] * 2 != teacher_output.shape[0] * self.ncrops:
+        """The loss of `student_output` (ncrops * B, K) against `teacher_output` (2 * B, K), crop by crop.
+
+        Then the centre is updated. With fused=True both are features (..., p), which is what attached heads return.
+        """
+        student_rows, teacher_rows = student_output.shape[0], teacher_output.shape[0]
+        if teacher_rows % 2 or student_rows * 2 != teacher_rows * self.ncrops:
             raise ValueError(
-                f"`student_output` (of {student_output.shape[0]} rows) must have `ncrops` (={self.ncrops}) rows "
-                f"for every 2 of `teacher_output` (of {teacher_output.shape[0]} rows)"
+                f"`student_output` (of {student_rows} rows) must have `ncrops` (={self.ncrops}) rows per image and "
+                f"`teacher_output` (of {teacher_rows} rows) 2, crop by crop"
             )
-        total = student_output.new_zeros((), dtype=torch.float32)
-        terms = 0
-        for v, logits in enumerate(student_output.float().chunk(self.ncrops)):
+        if self.fused:
+            return self._fused_forward(student_output, teacher_output, epoch)
+        targets = self.targets(teacher_output, epoch).chunk(2)
+        total = torch.zeros((), device=student_output.device)
+        for v, logits in enumerate(at_least_float32(student_output).chunk(self.ncrops)):
             log_probabilities = torch.log_softmax(logits / self.student_temp, dim=1)
             for u, target in enumerate(targets):
                 if u != v:  # the same view of the same image teaches nothing
                     total = total - (target * log_probabilities).sum(dim=1).mean()
-                    terms += 1
         self.update_center(teacher_output, epoch)
-        return total / terms
+        return total / (2 * self.ncrops - 2)
 
     @torch.no_grad()
     def targets(self, teacher_output: Tensor, epoch: int) -> Tensor:
-        """The teacher's probabilities P_t (2 * B, K) of its raw scores, Eq. 7; the centre stays as it is."""
+        """The teacher's probabilities P_t (N, K) for any N rows of its output, Eq. 7; the centre stays as it is."""
         temperature, bias = self._teacher(teacher_output, epoch)
-        logits = teacher_output.float() / temperature + bias
-        if self.centering is None:
-            return torch.softmax(logits - self.center / temperature, dim=1)
-        self.centering.convert_logit_center_(temperature)
-        return torch.softmax(self.centering(logits), dim=1)
+        return torch.softmax(self._scores(teacher_output) / temperature + bias - self._log_center(temperature), dim=1)
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor, epoch: int) -> None:
         """One step of Eq. 9 ("probability") or Eq. 8 ("logit") from this batch, over all ranks; `forward` calls it."""
         temperature, bias = self._teacher(teacher_output, epoch)
+        scores = self._scores(teacher_output)
         if self.centering is not None:
-            self.centering.update_(teacher_output, temperature, log_normalizer=bias)
-            return
-        logits = teacher_output.float() + temperature * bias
-        rows = logits.new_full((1,), logits.shape[0])
-        total = all_reduce_sum_(torch.cat([logits.sum(dim=0), rows]), self.process_group)
+            self.centering.update_(scores, temperature, log_normalizer=bias)
+        else:
+            self._update_logit_center(scores.sum(dim=0), len(scores), temperature * bias)
+
+    def _fused_forward(self, student_features: Tensor, teacher_features: Tensor, epoch: int) -> Tensor:
+        student_head, teacher_head = self._attached()
+        temperature, bias = self._teacher(teacher_features, epoch)
+        targets, weights = dino_pairs(teacher_features.shape[0] // 2, self.ncrops, device=student_features.device)
+        loss, log_sum, rows = prototype_cross_entropy(
+            student_features,
+            student_head.last_layer.weight,
+            teacher_features,
+            teacher_prototypes := teacher_head.last_layer.weight.detach(),
+            student_temperature=self.student_temp,
+            teacher_temperature=temperature,
+            student_log_normalizer=student_head.log_normalizer(self.student_temp),
+            teacher_log_normalizer=bias,
+            log_center=self._log_center(temperature),
+            targets=targets,
+            weights=weights,
+            center_on="scores" if self.centering is None else self.centering.center_on,
+        )
+        if self.centering is not None:
+            self.centering.accumulate_(log_sum, rows)
+            self.centering.commit_()
+        else:  # Eq. 8 averages logits, which are linear in the features
+            scores = teacher_prototypes @ at_least_float32(teacher_features.detach()).sum(dim=0)
+            self._update_logit_center(scores, rows, temperature * bias)
+        return loss
+
+    def _update_logit_center(self, score_sum: Tensor, rows: int, bias: Tensor) -> None:
+        total = torch.cat([score_sum + rows * bias, score_sum.new_full((1,), rows)])
+        all_reduce_sum_(total, self.process_group)
         self.center.lerp_((total[:-1] / total[-1]).unsqueeze(0), 1 - self.center_momentum)
 
+    def _log_center(self, temperature: float) -> Tensor:
+        if self.centering is None:
+            return self.center[0] / temperature
+        self.centering.convert_logit_center_(temperature)
+        return self.centering.log_center
+
+    def _scores(self, teacher_output: Tensor) -> Tensor:
+        """<w, y> (N, K) of what the teacher's head returned."""
+        return self._attached()[1].last_layer(teacher_output) if self.fused else at_least_float32(teacher_output)
+
     def _teacher(self, teacher_output: Tensor, epoch: int) -> tuple[float, Tensor]:
-        """(temperature, log C_p of the teacher's prototypes (K,) up to a constant) for this forward of the teacher."""
-        if self._heads is None:
-            raise RuntimeError("call `attach(student, teacher)` once before the loss: it owns the heads' temperatures")
-        head = self._heads[1]
-        if head.last_prototype_norms is None:
-            raise RuntimeError("the attached teacher's head has not run: call the teacher before the loss")
-        num_prototypes = head.last_prototype_norms.numel()
-        if teacher_output.shape[1:] != (num_prototypes,) or teacher_output.shape[0] % 2:
-            raise ValueError(
-                f"`teacher_output` (of shape {tuple(teacher_output.shape)}) must be (2 * batch, {num_prototypes}), "
-                "the scores of the 2 global crops"
-            )
+        """(temperature, log C_p of the teacher's prototypes (K,) up to a constant) for this output of the teacher."""
+        head = self._attached()[1]
+        columns = head.bottleneck_dim if self.fused else head.last_layer.weight_g.shape[0]
+        if teacher_output.shape[1:] != (columns,):
+            raise ValueError(f"`teacher_output` (of shape {tuple(teacher_output.shape)}) must be (N, {columns})")
         if not 0 <= epoch < len(self.teacher_temp_schedule):
             raise ValueError(f"`epoch` (={epoch}) must be in [0, `nepochs` (={len(self.teacher_temp_schedule)}))")
         temperature = float(self.teacher_temp_schedule[epoch])
-        if head.normalizer == "none":
-            return temperature, torch.zeros_like(head.last_prototype_norms)
-        return temperature, prototype_log_normalizer(head.last_prototype_norms, head.bottleneck_dim, temperature)
+        with torch.no_grad():
+            return temperature, head.log_normalizer(temperature, of_last_forward=not self.fused)
+
+    def _attached(self) -> tuple[VMFPrototypeHead, VMFPrototypeHead]:
+        if self._heads is None:
+            raise RuntimeError("call `attach(student, teacher)` once before the loss: it owns the heads' temperatures")
+        return self._heads
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_heads": None}  # a copy is not attached and does not carry the models along

@@ -1,0 +1,30 @@
+"""Matrix products in half precision that accumulate, and return, float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# torch.mm takes `out_dtype` since 2.8, on CUDA only (on CPU it raises).
+_MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 8)
+
+
+def mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two half-precision (or float32) matrices, in float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda and _MM_HAS_OUT_DTYPE:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that products on this device round their operands to, or None: only CUDA autocast asks for one."""
+    if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return None
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, with half precision cast up."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
