@@ -1,0 +1,1 @@
+"""One evaluator per file, all with the interface of `features.Evaluator`."""
