@@ -2,12 +2,13 @@
 
 from .centering import ProbabilityCentering
 from .cross_entropy import prototype_cross_entropy
-from .head import VMFPrototypeHead, set_temperature
+from .head import HeadOutput, VMFPrototypeHead, set_temperature
 from .special import log_vmf_normalizer, vmf_mean_resultant
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HeadOutput",
     "ProbabilityCentering",
     "VMFPrototypeHead",
     "log_vmf_normalizer",

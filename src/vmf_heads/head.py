@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,22 @@ from ._checks import at_least, one_of, positive
 from ._matmul import at_least_float32
 from ._prototypes import Prototypes, prototype_log_normalizer
 
-__all__ = ["VMFPrototypeHead", "set_temperature"]
+__all__ = ["HeadOutput", "VMFPrototypeHead", "set_temperature"]
 
 NORMALIZERS = ("vmf", "none")
-OUTPUTS = ("logits", "scores", "features")
+OUTPUTS = ("logits", "scores", "features", "prototypes")
+
+
+class HeadOutput(NamedTuple):
+    """What a head with output="prototypes" returns: all that `prototype_cross_entropy` needs, out of one forward.
+
+    Because the prototypes leave the model through its forward, their gradients are right under
+    DistributedDataParallel(find_unused_parameters=True) and FSDP2, too, which do not see a read from outside.
+    """
+
+    features: Tensor  # y (..., p), unit vectors
+    prototypes: Tensor  # w (K, p)
+    norms: Tensor  # ||w_k|| (K,)
 
 
 class VMFPrototypeHead(nn.Module):
@@ -41,12 +53,10 @@ class VMFPrototypeHead(nn.Module):
         mlp_bias: whether the linear layers of the MLP have biases.
         temperature: tau that the loss will divide by (0.1 for DINO's student). A plain float, not in the state dict.
         normalizer: "vmf" adds log C_p; "none" is plain DINO.
-        output: "logits" as above (..., K); "scores" the raw <w, y> (..., K), with the norms in `last_prototype_norms`,
-        for
-            losses that own the temperature; "features" the unit vectors y (..., p).
-        logits_dtype: torch.float32 keeps the product with the prototypes exact under CUDA autocast, where by default
-        its
-            operands are rounded to the autocast dtype (0.17 nats at ||w|| = 10, tau = 0.04 in bfloat16). The result is
+        output: "logits" as above (..., K); "scores" the raw <w, y> (..., K), for losses that own the temperature, with
+            the norms in `last_prototype_norms`; "features" the unit vectors y (..., p); "prototypes" a `HeadOutput`.
+        logits_dtype: torch.float32 keeps the product with the prototypes exact under CUDA autocast, which by default
+            rounds its operands to the autocast dtype (0.17 nats at ||w|| = 10, tau = 0.04 in bfloat16). The result is
             float32 either way.
 
     Shape: input (..., in_dim), output as above, in float32 (float64 for a float64 head).
@@ -89,6 +99,7 @@ class VMFPrototypeHead(nn.Module):
             raise ValueError(f"`logits_dtype` (={logits_dtype}) must be None or torch.float32")
         self.in_dim = in_dim
         self.bottleneck_dim = bottleneck_dim
+        self.num_prototypes = out_dim
         self.temperature = positive("temperature", temperature)
         self.normalizer = one_of("normalizer", normalizer, NORMALIZERS)
         self.output = one_of("output", output, OUTPUTS)
@@ -102,14 +113,16 @@ class VMFPrototypeHead(nn.Module):
         if norm_last_layer:
             self.last_layer.weight_g.requires_grad = False
 
-    def forward(self, x: Tensor, temperature: float | None = None) -> Tensor:
-        """Logits, scores or features of backbone features `x` (..., in_dim); `temperature` overrides the head's own."""
+    def forward(self, x: Tensor, temperature: float | None = None) -> Tensor | HeadOutput:
+        """What `output` says, of backbone features `x` (..., in_dim); `temperature` overrides the head's own."""
         if x.shape[-1:] != (self.in_dim,):
             raise ValueError(f"`x` (of shape {tuple(x.shape)}) must end in `in_dim` (={self.in_dim})")
         features = self._features(x)
         output = self._attached_output or self.output
         if output == "features":
             return features
+        if output == "prototypes":
+            return HeadOutput(features, self.last_layer.weight, self.last_layer.norms)
         scores = self.last_layer(features, exact=self.logits_dtype is not None)
         if output == "scores":
             # A copy: under FSDP the parameter's storage is freed after this forward.
@@ -120,15 +133,12 @@ class VMFPrototypeHead(nn.Module):
         tau = self.temperature if temperature is None else positive("temperature", temperature)
         return scores + tau * self.log_normalizer(tau)
 
-    def log_normalizer(self, temperature: float, *, of_last_forward: bool = False) -> Tensor:
+    def log_normalizer(self, temperature: float, norms: Tensor | None = None) -> Tensor:
         """log C_p(||w_k|| / temperature) - log C_p(1 / temperature) (K,), zeros for normalizer="none".
 
-        `of_last_forward` takes the norms, without gradient, from the last forward that returned scores, instead of the
-        parameters: those are sharded between forwards under FSDP. Raises RuntimeError if there was none.
+        `norms` (K,), ||w_k|| as a forward saw them, replaces the parameters', which FSDP shards outside of it.
         """
-        norms = self.last_prototype_norms if of_last_forward else self.last_layer.norms
-        if norms is None:
-            raise RuntimeError("this head has not returned scores yet: call the teacher before the loss")
+        norms = self.last_layer.norms if norms is None else norms
         if self.normalizer == "none":
             return torch.zeros_like(norms)
         return prototype_log_normalizer(norms, self.bottleneck_dim, temperature)

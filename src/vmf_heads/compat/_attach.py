@@ -35,15 +35,11 @@ def warn_if_norms_are_frozen(head: VMFPrototypeHead) -> None:
         )
 
 
-def check_prototypes_are_reachable(student: nn.Module, head: VMFPrototypeHead) -> None:
-    """Raise where reading the prototypes outside the model's forward, as the fused loss does, gives wrong gradients."""
-    if is_sharded(head.last_layer.weight_v):
-        raise ValueError(
-            "`fused` (=True) cannot be used with prototypes sharded by FSDP2 (DTensor): read outside the model's "
-            "forward, their gradients are silently wrong. Use fused=False, or leave the head unsharded"
-        )
-    if getattr(student, "find_unused_parameters", False):
-        raise ValueError(
-            "`fused` (=True) cannot be used with DistributedDataParallel(find_unused_parameters=True): the prototypes "
-            "are used outside the model's forward and count as unused. Use find_unused_parameters=False or fused=False"
-        )
+def fused_output(student: nn.Module, head: VMFPrototypeHead) -> str:
+    """The output that a fused loss asks of `head`: plain features, or a `HeadOutput` where those would not do.
+
+    With plain features the loss reads the prototypes from the head, outside the model's forward. FSDP2 gives such a
+    read silently wrong gradients, and DistributedDataParallel(find_unused_parameters=True) counts them as unused.
+    """
+    hidden = is_sharded(head.last_layer.weight_v) or getattr(student, "find_unused_parameters", False)
+    return "prototypes" if hidden else "features"

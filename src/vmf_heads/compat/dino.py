@@ -26,8 +26,8 @@ from .._distributed import all_reduce_sum_
 from .._matmul import at_least_float32
 from ..centering import ProbabilityCentering
 from ..cross_entropy import dino_pairs, prototype_cross_entropy
-from ..head import VMFPrototypeHead
-from ._attach import check_prototypes_are_reachable, find_head, warn_if_norms_are_frozen
+from ..head import HeadOutput, VMFPrototypeHead
+from ._attach import find_head, fused_output, warn_if_norms_are_frozen
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -139,8 +139,9 @@ class DINOLoss(nn.Module):
     def attach(self, student: nn.Module, teacher: nn.Module) -> None:
         """Find the head in `student` and in `teacher` (through DDP, FSDP or compile) and take over their temperatures.
 
-        From now on the student's head returns logits at `student_temp` and the teacher's raw scores, or both return
-        features with fused=True. Calling it again with the same models does nothing.
+        From now on the student's head returns logits at `student_temp`, the teacher's raw scores. With fused=True both
+        return features, or a `HeadOutput` under FSDP2 and DDP(find_unused_parameters=True). Calling it again with the
+        same models does nothing.
 
         Raises ValueError unless each holds exactly one head and both are of a kind, RuntimeError if a head already
         serves another loss in another way; warns if the student's prototype norms are frozen.
@@ -151,20 +152,18 @@ class DINOLoss(nn.Module):
                 f"`normalizer` of the teacher's head (={teacher_head.normalizer!r}) must be that of the student's "
                 f"(={student_head.normalizer!r})"
             )
-        if self.fused:
-            check_prototypes_are_reachable(student, student_head)
         warn_if_norms_are_frozen(student_head)
-        student_head.attach_output("features" if self.fused else "logits")
-        teacher_head.attach_output("features" if self.fused else "scores")
+        student_head.attach_output(fused_output(student, student_head) if self.fused else "logits")
+        teacher_head.attach_output(fused_output(teacher, teacher_head) if self.fused else "scores")
         student_head.temperature = self.student_temp
         self._heads = (student_head, teacher_head)
 
-    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
-        """The loss of `student_output` (ncrops * B, K) against `teacher_output` (2 * B, K), crop by crop.
+    def forward(self, student_output: Tensor | HeadOutput, teacher_output: Tensor | HeadOutput, epoch: int) -> Tensor:
+        """The loss of what the attached heads returned: (ncrops * B, K) and (2 * B, K) logits, crop by crop.
 
-        Then the centre is updated. With fused=True both are features (..., p), which is what attached heads return.
+        Then the centre is updated. With fused=True both are features (..., p).
         """
-        student_rows, teacher_rows = student_output.shape[0], teacher_output.shape[0]
+        student_rows, teacher_rows = len(_rows(student_output)), len(_rows(teacher_output))
         if teacher_rows % 2 or student_rows * 2 != teacher_rows * self.ncrops:
             raise ValueError(
                 f"`student_output` (of {student_rows} rows) must have `ncrops` (={self.ncrops}) rows per image and "
@@ -173,9 +172,9 @@ class DINOLoss(nn.Module):
         if self.fused:
             return self._fused_forward(student_output, teacher_output, epoch)
         targets = self.targets(teacher_output, epoch).chunk(2)
-        total = torch.zeros((), device=student_output.device)
-        for v, logits in enumerate(at_least_float32(student_output).chunk(self.ncrops)):
-            log_probabilities = torch.log_softmax(logits / self.student_temp, dim=1)
+        logits = at_least_float32(_rows(student_output)) / self.student_temp
+        total = logits.new_zeros(())
+        for v, log_probabilities in enumerate(crop.log_softmax(dim=1) for crop in logits.chunk(self.ncrops)):
             for u, target in enumerate(targets):
                 if u != v:  # the same view of the same image teaches nothing
                     total = total - (target * log_probabilities).sum(dim=1).mean()
@@ -183,13 +182,13 @@ class DINOLoss(nn.Module):
         return total / (2 * self.ncrops - 2)
 
     @torch.no_grad()
-    def targets(self, teacher_output: Tensor, epoch: int) -> Tensor:
+    def targets(self, teacher_output: Tensor | HeadOutput, epoch: int) -> Tensor:
         """The teacher's probabilities P_t (N, K) for any N rows of its output, Eq. 7; the centre stays as it is."""
         temperature, bias = self._teacher(teacher_output, epoch)
         return torch.softmax(self._scores(teacher_output) / temperature + bias - self._log_center(temperature), dim=1)
 
     @torch.no_grad()
-    def update_center(self, teacher_output: Tensor, epoch: int) -> None:
+    def update_center(self, teacher_output: Tensor | HeadOutput, epoch: int) -> None:
         """One step of Eq. 9 ("probability") or Eq. 8 ("logit") from this batch, over all ranks; `forward` calls it."""
         temperature, bias = self._teacher(teacher_output, epoch)
         scores = self._scores(teacher_output)
@@ -198,18 +197,23 @@ class DINOLoss(nn.Module):
         else:
             self._update_logit_center(scores.sum(dim=0), len(scores), temperature * bias)
 
-    def _fused_forward(self, student_features: Tensor, teacher_features: Tensor, epoch: int) -> Tensor:
+    def _fused_forward(
+        self, student_output: Tensor | HeadOutput, teacher_output: Tensor | HeadOutput, epoch: int
+    ) -> Tensor:
         student_head, teacher_head = self._attached()
-        temperature, bias = self._teacher(teacher_features, epoch)
-        targets, weights = dino_pairs(teacher_features.shape[0] // 2, self.ncrops, device=student_features.device)
+        student = _head_output(student_output, student_head)
+        with torch.no_grad():
+            teacher = _head_output(teacher_output, teacher_head)
+        temperature, bias = self._teacher(teacher_output, epoch)
+        targets, weights = dino_pairs(len(teacher.features) // 2, self.ncrops, device=student.features.device)
         loss, log_sum, rows = prototype_cross_entropy(
-            student_features,
-            student_head.last_layer.weight,
-            teacher_features,
-            teacher_prototypes := teacher_head.last_layer.weight.detach(),
+            student.features,
+            student.prototypes,
+            teacher.features,
+            teacher.prototypes,
             student_temperature=self.student_temp,
             teacher_temperature=temperature,
-            student_log_normalizer=student_head.log_normalizer(self.student_temp),
+            student_log_normalizer=student_head.log_normalizer(self.student_temp, student.norms),
             teacher_log_normalizer=bias,
             log_center=self._log_center(temperature),
             targets=targets,
@@ -220,8 +224,8 @@ class DINOLoss(nn.Module):
             self.centering.accumulate_(log_sum, rows)
             self.centering.commit_()
         else:  # Eq. 8 averages logits, which are linear in the features
-            scores = teacher_prototypes @ at_least_float32(teacher_features.detach()).sum(dim=0)
-            self._update_logit_center(scores, rows, temperature * bias)
+            feature_sum = at_least_float32(teacher.features.detach()).sum(dim=0)
+            self._update_logit_center(teacher.prototypes.detach() @ feature_sum, rows, temperature * bias)
         return loss
 
     def _update_logit_center(self, score_sum: Tensor, rows: int, bias: Tensor) -> None:
@@ -235,21 +239,30 @@ class DINOLoss(nn.Module):
         self.centering.convert_logit_center_(temperature)
         return self.centering.log_center
 
-    def _scores(self, teacher_output: Tensor) -> Tensor:
+    def _scores(self, teacher_output: Tensor | HeadOutput) -> Tensor:
         """<w, y> (N, K) of what the teacher's head returned."""
-        return self._attached()[1].last_layer(teacher_output) if self.fused else at_least_float32(teacher_output)
+        if not self.fused:
+            return at_least_float32(_rows(teacher_output))
+        teacher = _head_output(teacher_output, self._attached()[1])
+        return teacher.features @ teacher.prototypes.T
 
-    def _teacher(self, teacher_output: Tensor, epoch: int) -> tuple[float, Tensor]:
+    def _teacher(self, teacher_output: Tensor | HeadOutput, epoch: int) -> tuple[float, Tensor]:
         """(temperature, log C_p of the teacher's prototypes (K,) up to a constant) for this output of the teacher."""
         head = self._attached()[1]
-        columns = head.bottleneck_dim if self.fused else head.last_layer.weight_g.shape[0]
-        if teacher_output.shape[1:] != (columns,):
-            raise ValueError(f"`teacher_output` (of shape {tuple(teacher_output.shape)}) must be (N, {columns})")
+        columns = head.bottleneck_dim if self.fused else head.num_prototypes
+        shape = _rows(teacher_output).shape
+        if shape[1:] != (columns,):
+            raise ValueError(f"`teacher_output` (of shape {tuple(shape)}) must be (N, {columns})")
         if not 0 <= epoch < len(self.teacher_temp_schedule):
             raise ValueError(f"`epoch` (={epoch}) must be in [0, `nepochs` (={len(self.teacher_temp_schedule)}))")
         temperature = float(self.teacher_temp_schedule[epoch])
-        with torch.no_grad():
-            return temperature, head.log_normalizer(temperature, of_last_forward=not self.fused)
+        if isinstance(teacher_output, HeadOutput):
+            norms = teacher_output.norms
+        else:
+            norms = head.last_layer.norms if self.fused else head.last_prototype_norms
+        if norms is None:
+            raise RuntimeError("the attached teacher's head has not run: call the teacher before the loss")
+        return temperature, head.log_normalizer(temperature, norms.detach())
 
     def _attached(self) -> tuple[VMFPrototypeHead, VMFPrototypeHead]:
         if self._heads is None:
@@ -273,3 +286,14 @@ class DINOLoss(nn.Module):
                 if prefix + name in state_dict:
                     state_dict[f"{prefix}centering.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _rows(output: Tensor | HeadOutput) -> Tensor:
+    return output.features if isinstance(output, HeadOutput) else output
+
+
+def _head_output(output: Tensor | HeadOutput, head: VMFPrototypeHead) -> HeadOutput:
+    """`output` with the prototypes it belongs to, which are read from the head when they did not come along."""
+    if isinstance(output, HeadOutput):
+        return output
+    return HeadOutput(output, head.last_layer.weight, head.last_layer.norms)
