@@ -85,11 +85,7 @@ class ProbabilityCentering(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         """`logits` (..., K), already divided by the temperature, minus the centre."""
         self._check_columns("logits", logits)
-        if self.logit_center is not None:
-            raise RuntimeError(
-                "a DINO `center` was loaded, which is in units of scores; call "
-                "`convert_logit_center_(teacher_temperature)` once before centring"
-            )
+        self._check_converted()
         return logits - self.log_center
 
     @torch.no_grad()
@@ -133,6 +129,7 @@ class ProbabilityCentering(nn.Module):
     def commit_(self) -> None:
         """One EMA step from all that was accumulated, over all ranks. Every rank must call it, also one without
         rows."""
+        self._check_converted()
         log_sum = torch.full_like(self.log_center, -torch.inf) if self._log_sum is None else self._log_sum
         # Probabilities are summed before the logarithm: a mean of the ranks' logarithms is another number.
         count = log_sum.new_full((1,), self._rows, dtype=torch.float64)
@@ -164,6 +161,13 @@ class ProbabilityCentering(nn.Module):
     def extra_repr(self) -> str:
         """What print(module) shows."""
         return f"num_prototypes={self.log_center.numel()}, momentum={self.momentum}, center_on={self.center_on!r}"
+
+    def _check_converted(self) -> None:
+        if self.logit_center is not None:
+            raise RuntimeError(
+                "a DINO `center` was loaded, which is in units of scores; call "
+                "`convert_logit_center_(teacher_temperature)` once before centring"
+            )
 
     def _check_columns(self, name: str, tensor: Tensor) -> None:
         if tensor.shape[-1:] != self.log_center.shape:

@@ -115,6 +115,8 @@ class DINOLoss(nn.Module):
             raise ValueError(
                 f"`warmup_teacher_temp_epochs` (={warmup_teacher_temp_epochs}) must be in [0, `nepochs` (={nepochs})]"
             )
+        if not 0 <= center_momentum <= 1:
+            raise ValueError(f"`center_momentum` (={center_momentum}) must be in [0, 1]")
         self.ncrops = at_least("ncrops", ncrops, 2)
         self.student_temp = positive("student_temp", student_temp)
         self.center_momentum = center_momentum
@@ -193,6 +195,7 @@ class DINOLoss(nn.Module):
         temperature, bias = self._teacher(teacher_output, epoch)
         scores = self._scores(teacher_output)
         if self.centering is not None:
+            self.centering.convert_logit_center_(temperature)
             self.centering.update_(scores, temperature, log_normalizer=bias)
         else:
             self._update_logit_center(scores.sum(dim=0), len(scores), temperature * bias)
@@ -256,10 +259,9 @@ class DINOLoss(nn.Module):
         if not 0 <= epoch < len(self.teacher_temp_schedule):
             raise ValueError(f"`epoch` (={epoch}) must be in [0, `nepochs` (={len(self.teacher_temp_schedule)}))")
         temperature = float(self.teacher_temp_schedule[epoch])
+        norms = head.last_layer.norms if self.fused else head.last_prototype_norms
         if isinstance(teacher_output, HeadOutput):
             norms = teacher_output.norms
-        else:
-            norms = head.last_layer.norms if self.fused else head.last_prototype_norms
         if norms is None:
             raise RuntimeError("the attached teacher's head has not run: call the teacher before the loss")
         return temperature, head.log_normalizer(temperature, norms.detach())
