@@ -1,0 +1,73 @@
+"""README and documentation: their Python runs and prints what they say, the commands and files they name exist."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+RECIPES = ROOT / "examples/vit_ssl/recipes"
+
+
+def code_blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(line before the code, code) of each block of `language`."""
+    text = page.read_text()
+    fences = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, fence.start(2)), fence[2]) for fence in fences if fence[1] == language]
+
+
+def promised_output(code: str) -> list[str]:
+    """What the comments say that `print` shows: behind it, or in comment lines that follow it."""
+    lines = re.findall(r"^(?: *print\(.*\)  # (.+)|# (.+))$", code, re.MULTILINE)
+    return [behind or below for behind, below in lines]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page, "python")], ids=lambda page: page.name)
+def test_python_runs_and_prints_what_it_says(page: Path) -> None:
+    namespace: dict[str, object] = {}
+    for line, code in code_blocks(page, "python"):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * line + code, page, "exec"), namespace)  # a traceback names the page's own line
+        assert printed.getvalue().splitlines() == promised_output(code)
+
+
+def test_the_readme_has_running_code_by_line_20() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()[:20]
+    assert "```diff" in lines
+    assert "+    dino_loss.attach(student, teacher)  # once both are built and wrapped" in lines
+
+
+def test_the_readme_shows_the_result_of_the_demo() -> None:
+    block = re.search(r"<!-- demo-table -->\n(.*?)<!-- /demo-table -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    for row in ("pixels", "random", "DINO", "DINO-vMF"):
+        assert re.search(rf"^\|[^|]*{row}[^|]*(\|[^|]*\d[^|]*)+\|", block[1], re.MULTILINE), row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    code = "\n".join([block for _, block in code_blocks(page, "")] + re.findall(r"`([^`\n]+)`", prose))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", code)) <= targets
+    for script in re.findall(r"\bpython ([\w/]+\.py)", code):
+        assert (ROOT / script).is_file(), script
+    for recipe in re.findall(r"--recipe ([a-z]\w*)", code):
+        assert (RECIPES / f"{recipe}.yaml").is_file(), recipe
+
+
+def test_every_recipe_is_in_the_docs() -> None:
+    section = (ROOT / "docs/examples.md").read_text().split("## Recipes")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), target
