@@ -1,0 +1,92 @@
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from backbone import cls_token
+from checkpoint import CHECKPOINT, load_checkpoint, load_run, random_backbone, save_checkpoint
+from config import Recipe, load_recipe
+from methods.dino import DINO
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("photos_dino_vmf", {"hidden_size": 16, "out_dim": 8, "num_hidden_layers": 1, "seed": 3})
+
+
+def state_of(method: DINO, recipe: Recipe) -> dict[str, Any]:
+    return {"recipe": recipe, "method": method.state_dict(), "step": 7, "epoch": 2}
+
+
+def test_a_run_is_the_teacher_with_its_head_loss_and_centre(recipe: Recipe, tmp_path: Path) -> None:
+    method = DINO(recipe)
+    nn.init.normal_(method.teacher.head.last_layer.weight_g)
+    method.train()([torch.randn(4, 3, 32, 32)] * 2 + [torch.randn(4, 3, 16, 16)] * 2, 0)  # moves the centre
+    save_checkpoint(tmp_path, state_of(method, recipe))
+    run = load_run(tmp_path)
+    assert (run.recipe, run.step, run.epoch) == (recipe, 7, 2)
+    assert not run.backbone.training
+    assert not run.head.training
+    assert not any(p.requires_grad for p in (*run.backbone.parameters(), *run.head.parameters()))
+    images = torch.randn(6, 3, 32, 32)
+    scores = run.head(cls_token(run.backbone, images))
+    expected = method.eval().teacher([images])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0)
+    torch.testing.assert_close(run.loss.targets(scores, 2), method.loss.targets(expected, 2), rtol=0, atol=0)
+    assert run.loss.state_dict()["log_center"].abs().sum() > 0
+
+
+def test_the_random_backbone_is_the_students_before_its_first_step(recipe: Recipe) -> None:
+    random_weights = random_backbone(recipe).state_dict()
+    initial = DINO(recipe).student.backbone.state_dict()
+    assert random_weights.keys() == initial.keys()
+    assert all(torch.equal(random_weights[name], initial[name]) for name in initial)
+
+
+def test_building_leaves_the_global_generator_alone(recipe: Recipe) -> None:
+    before = torch.get_rng_state()
+    DINO(recipe)
+    random_backbone(recipe)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_other_seeds_give_other_weights(recipe: Recipe) -> None:
+    other = load_recipe("photos_dino_vmf", {**vars(recipe), "seed": 4})
+    ours, theirs = random_backbone(recipe), random_backbone(other)
+    assert not torch.equal(ours.embeddings.cls_token, theirs.embeddings.cls_token)
+
+
+def test_a_save_that_dies_leaves_the_previous_checkpoint(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, {"recipe": recipe, "step": 1})
+
+    def die(_state: object, file: Any) -> None:
+        file.write(b"half a checkp")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path, {"recipe": recipe, "step": 2})
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*checkpoint.pt: expected the --output directory"):
+        load_run(tmp_path)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"recipe": Hostile()}, tmp_path / CHECKPOINT)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        load_run(tmp_path)
+    assert not (tmp_path / "executed").exists()

@@ -1,0 +1,47 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from config import load_recipe
+from methods.dino import DINO
+from optimization import clip_gradients, parameter_groups
+
+
+def test_dinos_parameter_groups_cover_every_trained_parameter_once() -> None:
+    student = DINO(load_recipe("photos_dino_vmf", {"hidden_size": 16, "out_dim": 8})).student
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in parameter_groups(student))
+    assert decayed | plain == set(names.values())
+    assert not decayed & plain
+    assert {"head.last_layer.weight_g", "head.last_layer.weight_v"} <= decayed
+    assert {"backbone.embeddings.cls_token", "backbone.embeddings.position_embeddings"} <= decayed  # 3-D, as in DINO
+    assert plain == {name for name in names.values() if name.endswith(".bias") or ".layernorm" in f".{name}"}
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    student = DINO(load_recipe("photos_dino", {"normalization": "l2"})).student
+    trained = [parameter for group in parameter_groups(student) for parameter in group["params"]]
+    assert all(parameter is not student.head.last_layer.weight_g for parameter in trained)
+
+
+def network_with_gradients(*norms: float) -> nn.ParameterList:
+    network = nn.ParameterList(torch.zeros(4) for _ in norms)
+    for parameter, norm in zip(network, norms, strict=True):
+        parameter.grad = torch.full((4,), norm / 2)
+    return network
+
+
+def test_each_parameter_is_clipped_on_its_own() -> None:
+    network = network_with_gradients(3.0, 0.5, 4.0)
+    network.append(torch.zeros(2))  # without a gradient, as the last layer's is when it is frozen
+    total = clip_gradients(network, 1.0)
+    assert total.item() == pytest.approx(math.sqrt(3.0**2 + 0.5**2 + 4.0**2))
+    assert [network[i].grad.norm().item() for i in range(3)] == pytest.approx([1.0, 0.5, 1.0], rel=1e-5)
+
+
+def test_zero_means_no_clipping() -> None:
+    network = network_with_gradients(300.0)
+    clip_gradients(network, 0.0)
+    assert network[0].grad.norm().item() == pytest.approx(300.0)

@@ -1,0 +1,218 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel
+
+import pretrain
+from backbone import cls_token
+from checkpoint import load_checkpoint, load_run
+from loading import epoch_batches
+from metrics import METRICS
+from pretrain import Options
+
+# Two epochs of 33 steps on the digits with a network so small that a step takes milliseconds.
+TINY = ("dataset=digits", "batch_size=32", "epochs=2", "warmup_epochs=0", "teacher_temp_warmup_epochs=1", "lr=0.01")
+TINY += ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=2", "out_dim=32", "hidden_dim=16")
+TINY += ("bottleneck_dim=8", "drop_path=0.2", "image_size=16", "local_size=8", "num_local_crops=1")
+TINY += ("freeze_last_layer_epochs=0", "save_every=1", "precision=float32")
+STEPS_PER_EPOCH = 33
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of a sum, and so its last bits, depend on the number of threads
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(output: Path, *overrides: str, recipe: str = "photos_dino_vmf", **options: Any) -> list[dict[str, Any]]:
+    pretrain.main(Options(recipe, output, overrides=(*TINY, *overrides), **options))
+    return rows(output)
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
+
+
+def without_timing(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in log]
+
+
+def test_a_run_leaves_rows_checkpoint_and_backbone(tmp_path: Path) -> None:
+    log = run(tmp_path, max_steps=3)
+    assert [row["step"] for row in log] == [1, 2, 3]
+    for row in log:
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["loss"] == pytest.approx(row["target_entropy"] + row["kl"], abs=1e-5)
+        assert 0 <= row["target_entropy"] <= row["marginal_entropy"] <= math.log(32) + 1e-5
+        assert row["kappa_min"] <= row["kappa_p05"] <= row["kappa_p50"] <= row["kappa_p95"] <= row["kappa_max"]
+        assert row["teacher_temp"] == 0.03
+    assert log[0]["lr"] == pytest.approx(0.01 * 32 / 256)
+    trained = load_run(tmp_path)
+    assert (trained.step, trained.epoch) == (3, 0)
+    assert (tmp_path / "recipe.yaml").is_file()
+
+
+def test_the_exported_backbone_opens_with_automodel(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=2)
+    images = torch.randn(4, 3, 16, 16)
+    exported = AutoModel.from_pretrained(tmp_path / "backbone").eval()
+    with torch.no_grad():
+        ours = cls_token(load_run(tmp_path).backbone, images)
+        theirs = exported(images).last_hidden_state[:, 0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path: Path) -> None:
+    first, second = (without_timing(run(tmp_path / name, max_steps=3)) for name in "ab")
+    assert first == second
+    assert run(tmp_path / "c", max_steps=3, seed=1)[0]["loss"] != first[0]["loss"]
+
+
+def test_loader_workers_do_not_change_the_run(tmp_path: Path) -> None:
+    here = run(tmp_path / "here", max_steps=2)
+    assert without_timing(run(tmp_path / "workers", "num_workers=2", max_steps=2)) == without_timing(here)
+
+
+@pytest.mark.parametrize("centering", ["logit", "probability"])
+@pytest.mark.parametrize("normalization", ["none", "l2", "vmf"])
+def test_each_cell_of_table_1_trains(normalization: str, centering: str, tmp_path: Path) -> None:
+    cell = (f"normalization={normalization}", f"centering={centering}")
+    first, second = run(tmp_path, *cell, max_steps=2)
+    # All six agree while every prototype has norm 1 and the centre is 0; then only L2 keeps kappa at 1/0.1.
+    reference = run(tmp_path / "reference", "normalization=none", "centering=logit", max_steps=1)[0]
+    assert first["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+    assert math.isfinite(second["loss"])
+    if normalization == "l2":
+        assert second["kappa_min"] == second["kappa_max"] == pytest.approx(10)
+    else:
+        assert second["kappa_min"] < 10 < second["kappa_max"]
+    centre = "loss.center" if centering == "logit" else "loss.log_center"
+    assert load_checkpoint(tmp_path)["method"][centre].abs().max() > 0
+
+
+def test_a_frozen_last_layer_moves_after_its_epochs(tmp_path: Path) -> None:
+    frozen = run(tmp_path, "freeze_last_layer_epochs=1", "batch_size=512")
+    assert [row["kappa_min"] == row["kappa_max"] for row in frozen] == [True, True, True, False]
+
+
+def test_a_run_in_two_parts_is_the_whole_run(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", max_steps=6)
+    run(tmp_path / "parts", max_steps=2)
+    log = tmp_path / "parts" / METRICS
+    log.write_text(log.read_text() + '{"step": 3, "loss": 0}\n{"step": 4, "lo')  # as a killed process leaves it
+    resumed = run(tmp_path / "parts", max_steps=6, resume=True)
+    assert without_timing(resumed) == without_timing(whole)
+    assert [row["seconds"] for row in resumed] == sorted(row["seconds"] for row in resumed)
+    ours, theirs = (load_checkpoint(tmp_path / name)["method"] for name in ("parts", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_in_the_middle_of_an_epoch_and_resumed(signum: signal.Signals, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", max_steps=STEPS_PER_EPOCH + 3)
+    output = tmp_path / "interrupted"
+    command = [sys.executable, pretrain.__file__, "--recipe", "photos_dino_vmf", "--output", str(output)]
+    process = subprocess.Popen(
+        [*command, "--set", *TINY], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (output / METRICS).exists() or len((output / METRICS).read_text().splitlines()) < 5:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signum)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    step = load_checkpoint(output)["step"]
+    assert 5 <= step < STEPS_PER_EPOCH
+    assert f"{signum.name}: saved step {step} in {output}; continue with --resume" in printed
+    assert len(rows(output)) == step
+    resumed = run(output, max_steps=STEPS_PER_EPOCH + 3, resume=True)
+    assert without_timing(resumed) == without_timing(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 2; .* a smaller `lr` \(=1e\+38\)"):
+        run(tmp_path, "lr=1e38")
+    state = load_checkpoint(tmp_path)
+    assert state["step"] == 0
+    assert all(value.isfinite().all() for value in state["method"].values())
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+def test_an_output_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match=r"`output` \(=.*\) already holds a run \(checkpoint.pt\)"):
+        run(tmp_path, max_steps=2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_with_another_recipe_names_the_fields(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=1)
+    message = r"has another recipe:\n  seed: 0 in the run, 5 requested\n  epochs: 2 in the run, 3 requested$"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "epochs=3", seed=5, resume=True)
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nowhere.checkpoint.pt"):
+        run(tmp_path / "nowhere", resume=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
+    for index in range(40):
+        (tmp_path / "data" / "one").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (index, 0, 0)).save(tmp_path / "data" / "one" / f"{index}.png")
+    run(tmp_path / "run", "dataset=folder", data=tmp_path / "data", max_steps=1)
+    (tmp_path / "data" / "one" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"`data` holds 39 images, but the run in .* began with 40"):
+        run(tmp_path / "run", "dataset=folder", data=tmp_path / "data", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ((), {"max_steps": 0}, r"`max_steps` \(=0\) must be at least 1"),
+        (("lr",), {}, r"`--set` \(='lr'\) must be FIELD=VALUE"),
+        (("speed=1",), {}, r"unknown fields speed"),
+        (("batch_size=4096",), {}, r"`batch_size` \(=4096\) must be at most the number of images \(=1077\)"),
+        ((), {"data": Path("somewhere")}, r"`data` \(='somewhere'\) is only for the data set 'folder'"),
+    ],
+)
+def test_bad_options_leave_no_output(
+    overrides: tuple[str, ...], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "output", *overrides, **options)
+    assert not (tmp_path / "output").exists()
+
+
+def test_torchrun_with_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"`WORLD_SIZE` \(=2\) must be 1: this script trains in one process"):
+        run(tmp_path)
+
+
+def test_batches_are_a_permutation_of_the_images_drawn_from_seed_and_epoch() -> None:
+    batches = epoch_batches(103, 10, seed=0, epoch=1)
+    assert [len(batch) for batch in batches] == [10] * 10
+    assert len(np.unique(batches)) == 100
+    assert batches == epoch_batches(103, 10, seed=0, epoch=1)
+    assert batches != epoch_batches(103, 10, seed=0, epoch=2)
+    assert batches != epoch_batches(103, 10, seed=1, epoch=1)
