@@ -1,0 +1,169 @@
+"""Pretrain a small ViT with DINO and with DINO-vMF on photographs, evaluate both, write a report.
+
+    python examples/vit_ssl/demo.py --output runs/demo
+
+takes a few minutes on two CPU cores. Ctrl-C stops it, and the same command continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from config import Recipe, load_recipe
+from data import load_images
+from lanes import Job, JobFailed, last_row, run_lanes
+from results import MODELS, RUNS, compare_knn, format_table, make_table, read_rows, sentence
+
+SCRIPTS = Path(__file__).parent
+
+
+def main(output: Path = Path("runs/demo"), max_steps: int | None = None) -> None:
+    """Pretrain, evaluate on the test split, print one table, write results.json and report.html.
+
+    Args:
+        output: directory of the demo; one that was interrupted is continued, a finished one is left as it is.
+        max_steps: stop each pretraining after this many steps, to try the whole path in less time.
+    """
+    began = time.monotonic()
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"`max_steps` (={max_steps}) must be at least 1")
+    recipes = {run: load_recipe(run) for run in RUNS.values()}
+    claim(output, recipes, max_steps)
+    if (output / "results.json").exists():
+        print(f"{output} holds a finished demo (choose another --output to run it again):\n")
+        announce(output)
+        return
+
+    lanes = {label: jobs(output, run, recipes[run], max_steps) for label, run in RUNS.items()}
+    print(f"Two runs side by side, one thread each; their output goes to {output}/*/log.txt", flush=True)
+    try:
+        run_lanes(lanes)
+    except JobFailed as error:
+        sys.exit(str(error))
+    except SystemExit:
+        print(f"Stopped. The same command continues it: python {' '.join(sys.argv)}", file=sys.stderr)
+        raise
+
+    from report import write_report  # here, because transformers takes seconds to import
+
+    results = collect(output, recipes, max_steps)
+    print("Drawing the report", flush=True)
+    with (output / "log.txt").open("w") as log, contextlib.redirect_stderr(log):  # progress bars of a second or two
+        write_report(output, results)
+    results["seconds"] = round(time.monotonic() - began, 1)
+    # Last, and in one step: a demo is finished when results.json is there.
+    partial = output / "results.json.partial"
+    partial.write_text(json.dumps(results, indent=1))
+    partial.replace(output / "results.json")
+    announce(output)
+
+
+def claim(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> None:
+    """Make `output` the directory of this very demo, or raise FileExistsError saying what it is instead."""
+    request = {
+        "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+        "max_steps": max_steps,
+    }
+    request = json.loads(json.dumps(request))  # tuples become lists, as they will when read back
+    path = output / "demo.json"
+    if not path.exists():
+        if output.exists() and any(output.iterdir()):
+            raise FileExistsError(f"`output` (={str(output)!r}) is not empty and holds no demo: choose another")
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(request, indent=1))
+        return
+    found = json.loads(path.read_text())
+    if found["max_steps"] != max_steps:
+        there = "all steps" if found["max_steps"] is None else f"--max-steps {found['max_steps']}"
+        raise FileExistsError(
+            f"`output` (={str(output)!r}) holds a demo of {there}: give the same, or another --output"
+        )
+    if found != request:
+        raise FileExistsError(f"`output` (={str(output)!r}) holds a demo of other recipes: choose another")
+
+
+def jobs(output: Path, run: str, recipe: Recipe, max_steps: int | None) -> list[Job]:
+    """What is left to do for one run: its pretraining, then the evaluations whose rows live in its directory."""
+    directory = output / run
+    log = directory / "log.txt"
+    steps = recipe.epochs * (len(load_images(recipe.dataset, "train")) // recipe.batch_size)
+    steps = min(steps, max_steps or steps)
+    todo = []
+    if not (directory / "backbone").exists():  # exported when the last step is done
+        command = [sys.executable, str(SCRIPTS / "pretrain.py"), "--recipe", run, "--output", str(directory)]
+        command += ["--max-steps", str(steps)]
+        command += ["--resume"] if (directory / "checkpoint.pt").exists() else []
+        todo.append(Job("pretraining", command, log, directory / "metrics.jsonl", steps))
+    for features in [features for where, features in MODELS.values() if where == run]:
+        if not evaluated(directory, features):
+            command = [sys.executable, str(SCRIPTS / "evaluate.py"), "all", "--checkpoint", str(directory)]
+            todo.append(Job(f"evaluating {features}", [*command, "--features", features, "--split", "test"], log))
+    return todo
+
+
+def evaluated(directory: Path, features: str) -> bool:
+    """Whether the last protocol of `evaluate.py all` has its rows."""
+    path = directory / "results.jsonl"
+    last = "prototypes" if features == "teacher" else "fewshot"
+    return path.exists() and any(row["features"] == features and row["protocol"] == last for row in read_rows(path))
+
+
+def collect(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> dict[str, Any]:
+    """Everything the demo found and what it was found with."""
+    labels = load_images("photos", "test").labels
+    packages = ("vmf_heads", "torch", "transformers", "scikit-learn", "scikit-image", "numpy")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "threads_per_run": 1,
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "max_steps": max_steps,
+        "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+        "steps": {run: last_row(output / run / "metrics.jsonl")["step"] for run in recipes},
+        "table": make_table(output),
+        "knn_comparisons": compare_knn(output, labels),
+        "evaluations": {run: read_rows(output / run / "results.jsonl") for run in recipes},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def announce(output: Path) -> None:
+    """Print the table, what it allows to say and where the report is."""
+    results = json.loads((output / "results.json").read_text())
+    print(format_table(results["table"]))
+    print(
+        "\nPer cent on the test split; ±: standard error over images, for 1- and 5-shot deviation over training sets."
+    )
+    print("\n".join(sentence(comparison) for comparison in results["knn_comparisons"]))
+    print(f"\n{results['seconds']:.0f} s in all. Report: {output / 'report.html'}; numbers: {output / 'results.json'}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
