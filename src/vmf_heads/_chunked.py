@@ -14,6 +14,7 @@ Crops that share a target share its products; the statistics for centring come f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,8 +35,8 @@ class Distillation:
 
     teacher_features: Tensor
     teacher_prototypes: Tensor
-    teacher_bias: Tensor | None  # log C_p - c
-    statistics_bias: Tensor | None  # log C_p, where the statistics include it
+    statistics_bias: Tensor | None  # what the statistics' logits have on top of the raw scores: nothing or log C_p
+    target_bias: Tensor | None  # what the targets' have on top of those: log C_p - c or -c
     student_temperature: float
     teacher_temperature: float
     targets: Tensor | None
@@ -64,7 +65,9 @@ class ChunkedCrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.distillation.per_row:
-            return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None
+            # Only on the CPU is it free to ask; there a second (K, p) gradient costs more than the question saves.
+            unscaled = grad.device.type == "cpu" and grad.item() == 1
+            return *(g if g is None or unscaled else g * grad for g in ctx.saved_tensors), None, None
         y, w, b = ctx.saved_tensors
         d = ctx.distillation
         shape = (len(y), 1) if d.targets is None else d.targets.shape
@@ -101,18 +104,21 @@ def _any_position(y: Tensor, w: Tensor, b: Tensor | None, d: Distillation, total
     weights = (torch.ones_like(index, dtype=y.dtype) if d.weights is None else d.weights.to(y.dtype)).masked_fill(
         none, 0
     )
-    tau = d.student_temperature
+    tau, nt = d.student_temperature, len(d.teacher_features)
     row_weight = weights.sum(dim=1)  # (Ns,)
+    student_chunks, teacher_chunks = _chunks(len(y), rows), _chunks(nt, rows // 2)
+    buffer = _buffer(max(_most_rows(student_chunks), 2 * _most_rows(teacher_chunks)), w)
 
     losses = torch.empty_like(row_weight)
-    for chunk in _chunks(len(y), rows):
-        log_p = torch.log_softmax(logits := _logits(y[chunk], w, b, tau, d.product_dtype), dim=1)
-        losses[chunk] = row_weight[chunk] * (logits[:, 0] - log_p[:, 0])  # logsumexp
-        del logits
-        _add_gradients(total, chunk, log_p.exp_(), y[chunk], w, row_weight[chunk], tau, d.product_dtype)
+    for chunk in student_chunks:
+        logits = _logits(y[chunk], w, b, tau, d.product_dtype, buffer)
+        largest = logits.amax(dim=1, keepdim=True)
+        unnormalized = logits.sub_(largest).exp_()  # the row's sum divides the narrow operands instead
+        row_sum = unnormalized.sum(dim=1)
+        losses[chunk] = row_weight[chunk] * (largest.squeeze(1) + row_sum.log())
+        _add_gradients(total, chunk, unnormalized, y[chunk], w, row_weight[chunk] / row_sum, tau, d.product_dtype)
 
     # What teacher row j sums over the student rows that it is a target of: their weights and their weighted features.
-    nt = len(d.teacher_features)
     target_weight = weights.new_zeros(nt).index_add_(0, index.flatten(), weights.flatten())
     target_features = y.new_zeros(nt, y.shape[1])
     for m in range(index.shape[1]):
@@ -120,13 +126,13 @@ def _any_position(y: Tensor, w: Tensor, b: Tensor | None, d: Distillation, total
 
     mean_prototype = torch.empty(nt, w.shape[1], dtype=w.dtype, device=w.device)  # T W
     mean_bias = y.new_zeros(nt)  # T b
-    for chunk in _chunks(nt, rows):
-        targets = _targets(d, chunk, total)
-        mean_prototype[chunk] = _mm(targets, w, d.product_dtype)
+    for chunk in teacher_chunks:
+        targets = _targets(d, chunk, total, *buffer.chunk(2))
+        mean_prototype[chunk] = _average(targets, w, d.product_dtype)
         if b is not None:
             mean_bias[chunk] = targets @ b
         if total.dw is not None:
-            _add_product(total.dw, targets.t(), target_features[chunk] / -tau, d.product_dtype)
+            _add_average(total.dw, targets.t(), target_features[chunk] / -tau, d.product_dtype)
         if total.db is not None:
             total.db.sub_(target_weight[chunk] @ targets)
 
@@ -142,13 +148,15 @@ def _same_position(y: Tensor, w: Tensor, b: Tensor | None, d: Distillation, tota
     """Four products per row: two for the logits, and P - T once with the prototypes and once with the features."""
     tau = d.student_temperature
     row_weight = y.new_ones(len(y)) if d.weights is None else d.weights[:, 0].to(y.dtype)
+    chunks = _chunks(len(y), rows // 3)
+    first, second, third = _buffer(3 * _most_rows(chunks), w).chunk(3)
     losses = torch.empty_like(row_weight)
-    for chunk in _chunks(len(y), rows):
-        log_p = torch.log_softmax(_logits(y[chunk], w, b, tau, d.product_dtype), dim=1)
-        targets = _targets(d, chunk, total)
-        losses[chunk] = -row_weight[chunk] * (targets * log_p).sum(dim=1)
+    for chunk in chunks:
+        targets = _targets(d, chunk, total, first, second)
+        logits = _logits(y[chunk], w, b, tau, d.product_dtype, first)
+        log_p = torch.log_softmax(logits, dim=1, out=third[: len(logits)])
+        losses[chunk] = -row_weight[chunk] * torch.mul(targets, log_p, out=logits).sum(dim=1)
         difference = log_p.exp_().sub_(targets)
-        del targets
         _add_gradients(total, chunk, difference, y[chunk], w, row_weight[chunk], tau, d.product_dtype)
     return losses
 
@@ -163,39 +171,65 @@ def _add_gradients(
     tau: float,
     dtype: torch.dtype | None,
 ) -> None:
-    """Add what logit gradients weight_i p_ik (c, K) of one chunk contribute; the weights go to the narrow operands."""
+    """Add what logit gradients weight_i p_ik of one chunk contribute, p (c, K); the weights go to narrow operands."""
     scale = weight[:, None] / tau
     if total.dy is not None:
-        total.dy[chunk] += scale * _mm(p, w, dtype)
+        total.dy[chunk] += scale * _average(p, w, dtype)
     if total.dw is not None:
-        _add_product(total.dw, p.t(), scale * y, dtype)
+        _add_average(total.dw, p.t(), scale * y, dtype)
     if total.db is not None:
         total.db.add_(weight @ p)
 
 
-def _targets(d: Distillation, chunk: slice, total: _Accumulator) -> Tensor:
-    """The teacher's probabilities (c, K), Eq. 7; on the way, the chunk's share of the statistics of Eq. 9."""
-    raw = _logits(d.teacher_features[chunk], d.teacher_prototypes, None, d.teacher_temperature, d.product_dtype)
-    averaged = raw if d.statistics_bias is None else raw + d.statistics_bias
-    total.log_sum = torch.logaddexp(total.log_sum, torch.log_softmax(averaged, dim=1).logsumexp(dim=0))
-    return torch.softmax(raw if d.teacher_bias is None else raw.add_(d.teacher_bias), dim=1)
+def _targets(d: Distillation, chunk: slice, total: _Accumulator, scratch: Tensor, result: Tensor) -> Tensor:
+    """The teacher's probabilities (c, K), Eq. 7, in `result`; on the way, the chunk's share of the statistics."""
+    y, w = d.teacher_features[chunk], d.teacher_prototypes
+    logits = _logits(y, w, d.statistics_bias, d.teacher_temperature, d.product_dtype, scratch)
+    log_p = torch.log_softmax(logits, dim=1, out=result[: len(y)])
+    largest = log_p.amax(dim=0)  # a sum of probabilities would underflow where no row of the chunk chooses k
+    total.log_sum = torch.logaddexp(total.log_sum, log_p.sub_(largest).exp_().sum(dim=0).log_().add_(largest))
+    if d.target_bias is not None:
+        logits.add_(d.target_bias)
+    return torch.softmax(logits, dim=1, out=result[: len(y)])
 
 
-def _logits(y: Tensor, w: Tensor, b: Tensor | None, tau: float, dtype: torch.dtype | None) -> Tensor:
-    logits = _mm(y / tau, w.t(), dtype)
+def _logits(y: Tensor, w: Tensor, b: Tensor | None, tau: float, dtype: torch.dtype | None, buffer: Tensor) -> Tensor:
+    """y w'/tau + b, in `buffer` unless the operands are in half precision."""
+    if dtype is None:
+        logits = torch.mm(y / tau, w.t(), out=buffer[: len(y)])
+    else:
+        logits = mm_float32((y / tau).to(dtype), w.t().to(dtype))
     return logits if b is None else logits.add_(b)
 
 
-def _mm(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return a @ b if dtype is None else mm_float32(a.to(dtype), b.to(dtype))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype | None) -> None:
+def _average(p: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """p @ x for p in [-1, 1]."""
     if dtype is None:
-        total.addmm_(a, b)
+        return p @ x
+    if dtype is not torch.float16:
+        return mm_float32(p.to(dtype), x.to(dtype))
+    # float16 ends at 6e-8: small probabilities and weighted features move into its range before they are rounded.
+    largest = torch.linalg.vector_norm(x, torch.inf).clamp(min=torch.finfo(x.dtype).tiny)
+    return mm_float32((p * 2**14).to(dtype), (x / largest).to(dtype)).mul_(largest / 2**14)
+
+
+def _add_average(total: Tensor, p: Tensor, x: Tensor, dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        total.addmm_(p, x)
     else:
-        total.add_(_mm(a, b, dtype))
+        total.add_(_average(p, x, dtype))
+
+
+def _buffer(rows: int, w: Tensor) -> Tensor:
+    """Memory for the logits of every chunk in turn: on the CPU fresh pages cost as much as a softmax."""
+    return torch.empty(rows, len(w), dtype=w.dtype, device=w.device)
 
 
 def _chunks(n: int, rows: int) -> list[slice]:
-    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+    """As few slices of `n` rows as there must be with at most `rows` each (or 1), all but the last equally long."""
+    size = math.ceil(n / math.ceil(n / max(rows, 1))) if n else 1
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _most_rows(chunks: list[slice]) -> int:
+    return chunks[0].stop if chunks else 0

@@ -41,6 +41,8 @@ _TERMS = {
 }
 # Above this kappa, D = D(bound) - (kappa - bound) to rounding; below it no square and no product of factors overflows.
 _KAPPA_BOUND = {torch.float64: 1e75, torch.float32: 1e18}
+# Below this r, D is proportional to r^2 to rounding, and r^2 itself would leave the normal numbers before D does.
+_SMALLEST_R = {torch.float64: 1e-9, torch.float32: 1e-4}
 # How many factors 1 + kappa A/(2v+2) <= kappa share one logarithm without overflow below the bound.
 _FACTORS_PER_LOG = {torch.float64: 4, torch.float32: 2}
 # For p <= 16 and kappa beyond the switch, errors of y at N would reach A' magnified by N/nu; the large-kappa series is
@@ -98,7 +100,8 @@ def _expand(p: int, dtype: torch.dtype, fewest_steps: int) -> Expansion:
 def relative_log_normalizer(kappa: Tensor, p: int) -> Tensor:
     """D(kappa) = log C_p(kappa) - log C_p(0); -inf at +inf, NaN below 0."""
     e = expansion(p, kappa.dtype)
-    bounded = _bounded(kappa)
+    smallest = _SMALLEST_R[kappa.dtype] * e.N
+    bounded = _bounded(kappa).clamp(min=smallest)
     r, q, t = _coordinates(bounded, e)
     u = r * (r / (1 + q))  # q - 1 without the cancellation
     log_f = e.N * (u - torch.log1p(u / 2)) - torch.log1p(u) / 2 + (u * t) * horner(e.W, t)
@@ -116,7 +119,8 @@ def relative_log_normalizer(kappa: Tensor, p: int) -> Tensor:
                 log_f = log_f + torch.log1p(product)
                 product = torch.zeros_like(kappa)
             A, B, _ = _step_down(bounded, B, step)
-    return _nan_below_zero(kappa, (bounded - kappa) - log_f)
+    scale = (kappa / smallest).clamp(max=1)
+    return _nan_below_zero(kappa, (_bounded(kappa) - kappa) - log_f * scale * scale)
 
 
 def mean_resultant(kappa: Tensor, p: int) -> Tensor:

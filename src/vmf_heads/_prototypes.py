@@ -84,12 +84,12 @@ class _HalfScores(Function):
     def forward(ctx: Any, features: Tensor, prototypes: Tensor, dtype: torch.dtype) -> Tensor:
         y, w = features.to(dtype), prototypes.to(dtype)
         ctx.save_for_backward(y, w)
-        return mm_float32(y.flatten(0, -2), w.t()).unflatten(0, y.shape[:-1])
+        return mm_float32(y.reshape(-1, y.shape[-1]), w.t()).view(*y.shape[:-1], w.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         y, w = ctx.saved_tensors
-        g = grad.to(y.dtype).flatten(0, -2)
+        g = grad.to(y.dtype).reshape(-1, w.shape[0])
         grad_y = mm_float32(g, w).view(y.shape) if ctx.needs_input_grad[0] else None
-        grad_w = mm_float32(g.t(), y.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        grad_w = mm_float32(g.t(), y.reshape(-1, w.shape[1])) if ctx.needs_input_grad[1] else None
         return grad_y, grad_w, None

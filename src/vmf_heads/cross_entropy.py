@@ -98,11 +98,12 @@ def prototype_cross_entropy(
                 "the number of prototypes"
             )
 
+    averages_log_c = center_on == "responsibilities"
     distillation = Distillation(
         teacher_features=at_least_float32(teacher_features.detach()),
         teacher_prototypes=at_least_float32(teacher_prototypes.detach()),
-        teacher_bias=_bias(teacher_log_normalizer, log_center),
-        statistics_bias=_bias(teacher_log_normalizer, None) if center_on == "responsibilities" else None,
+        statistics_bias=_bias(teacher_log_normalizer, None) if averages_log_c else None,
+        target_bias=_bias(None if averages_log_c else teacher_log_normalizer, log_center),
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,
         targets=targets,
