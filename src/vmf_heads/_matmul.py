@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def at_least_float32(x: Tensor) -> Tensor:
     """`x`, with half precision cast up."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which autocast is off for `device`; nothing to do on devices that have none, such as meta."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()

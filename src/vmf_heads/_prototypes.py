@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from ._matmul import at_least_float32, autocast_dtype, mm_float32
+from ._matmul import at_least_float32, autocast_dtype, mm_float32, without_autocast
 from .special import log_vmf_normalizer
 
 
@@ -48,7 +48,7 @@ class Prototypes(nn.Module):
         half = None if exact else autocast_dtype(features.device)
         if half is not None:
             return _HalfScores.apply(features, self.weight, half)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return F.linear(at_least_float32(features), self.weight)
 
     def extra_repr(self) -> str:
@@ -72,7 +72,7 @@ def prototype_log_normalizer(norms: Tensor, p: int, temperature: float) -> Tenso
 
     The constant does not change a softmax over k; with it, a head whose prototypes all have norm 1 is DINO's own.
     """
-    with torch.autocast(norms.device.type, enabled=False):
+    with without_autocast(norms.device):
         unit = log_vmf_normalizer(torch.ones_like(norms[:1]) / temperature, p, relative=True)
         return log_vmf_normalizer(norms / temperature, p, relative=True) - unit
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._checks import at_least, one_of, positive
 from ._chunked import ChunkedCrossEntropy, Distillation
-from ._matmul import at_least_float32, autocast_dtype
+from ._matmul import at_least_float32, autocast_dtype, without_autocast
 from .centering import CENTER_ON
 
 __all__ = ["dino_pairs", "prototype_cross_entropy", "prototype_cross_entropy_reference"]
@@ -115,7 +115,7 @@ def prototype_cross_entropy(
     inputs = (student_features, student_prototypes, student_log_normalizer)
     # Read here: inside an autograd.Function grad mode is always off.
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    with torch.autocast(student_features.device.type, enabled=False):
+    with without_autocast(student_features.device):
         loss, log_sum = ChunkedCrossEntropy.apply(
             *(x if x is None else at_least_float32(x) for x in inputs), distillation, wanted
         )
