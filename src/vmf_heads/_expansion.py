@@ -114,7 +114,7 @@ def relative_log_normalizer(kappa: Tensor, p: int) -> Tensor:
         product = torch.zeros_like(kappa)
         for count, step in enumerate(e.steps, start=1):
             factor = bounded * A / step
-            product = product + factor + product * factor
+            product = factor + product * (1 + factor)
             if count % _FACTORS_PER_LOG[kappa.dtype] == 0 or count == len(e.steps):
                 log_f = log_f + torch.log1p(product)
                 product = torch.zeros_like(kappa)
@@ -178,7 +178,8 @@ def _step_down(kappa: Tensor, B: Tensor, step: float) -> tuple[Tensor, Tensor, T
     """(A_v, B_v, kappa + y_v) from B_{v+1} and step = 2(v+1)."""
     y = step - kappa * B
     total = kappa + y
-    return kappa / total, y / total, total
+    # Not y / total: a compiler that inlines would double the expression with every step.
+    return kappa / total, 1 / (1 + kappa / y), total
 
 
 def _tail_curvature(kappa: Tensor, p: int) -> Tensor:

@@ -17,17 +17,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._checks import at_least, one_of, positive
-from .._distributed import all_reduce_sum_
 from .._matmul import at_least_float32
 from ..centering import ProbabilityCentering
 from ..cross_entropy import dino_pairs, prototype_cross_entropy
 from ..head import HeadOutput, VMFPrototypeHead
 from ._attach import find_head, fused_output, warn_if_norms_are_frozen
+from ._teacher import (
+    CENTERING,
+    offset_at,
+    rename_keys_,
+    temperature_at,
+    temperature_schedule,
+    update_logit_center_,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,7 +43,9 @@ __all__ = ["DINOHead", "DINOLoss"]
 # The library's head has the constructor and the parameter names of DINO's; only norm_last_layer defaults to False.
 DINOHead = VMFPrototypeHead
 
-CENTERING = ("probability", "logit")
+# Where the centring's buffers stand in the loss, and their names in its state dict.
+_STATE_NAMES = {"centering.log_center": "log_center", "centering.logit_center": "logit_center"}
+_LOADED_NAMES = {new: old for old, new in _STATE_NAMES.items()} | {"center": "centering.center"}
 
 
 class DINOLoss(nn.Module):
@@ -108,13 +116,6 @@ class DINOLoss(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        positive("warmup_teacher_temp", warmup_teacher_temp)
-        positive("teacher_temp", teacher_temp)
-        at_least("nepochs", nepochs, 1)
-        if not 0 <= warmup_teacher_temp_epochs <= nepochs:
-            raise ValueError(
-                f"`warmup_teacher_temp_epochs` (={warmup_teacher_temp_epochs}) must be in [0, `nepochs` (={nepochs})]"
-            )
         if not 0 <= center_momentum <= 1:
             raise ValueError(f"`center_momentum` (={center_momentum}) must be in [0, 1]")
         self.ncrops = at_least("ncrops", ncrops, 2)
@@ -122,11 +123,8 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         self.fused = fused
         self.process_group = process_group
-        self.teacher_temp_schedule = np.concatenate(
-            (
-                np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs),
-                np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp),
-            )
+        self.teacher_temp_schedule = temperature_schedule(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
         self.centering: ProbabilityCentering | None = None
         if one_of("centering", centering, CENTERING) == "probability":
@@ -232,15 +230,10 @@ class DINOLoss(nn.Module):
         return loss
 
     def _update_logit_center(self, score_sum: Tensor, rows: int, bias: Tensor) -> None:
-        total = torch.cat([score_sum + rows * bias, score_sum.new_full((1,), rows)])
-        all_reduce_sum_(total, self.process_group)
-        self.center.lerp_((total[:-1] / total[-1]).unsqueeze(0), 1 - self.center_momentum)
+        update_logit_center_(self.center, score_sum + rows * bias, rows, self.center_momentum, self.process_group)
 
     def _log_center(self, temperature: float) -> Tensor:
-        if self.centering is None:
-            return self.center[0] / temperature
-        self.centering.convert_logit_center_(temperature)
-        return self.centering.log_center
+        return offset_at(self.centering, None if self.centering is not None else self.center, temperature)
 
     def _scores(self, teacher_output: Tensor | HeadOutput) -> Tensor:
         """<w, y> (N, K) of what the teacher's head returned."""
@@ -256,9 +249,7 @@ class DINOLoss(nn.Module):
         shape = _rows(teacher_output).shape
         if shape[1:] != (columns,):
             raise ValueError(f"`teacher_output` (of shape {tuple(shape)}) must be (N, {columns})")
-        if not 0 <= epoch < len(self.teacher_temp_schedule):
-            raise ValueError(f"`epoch` (={epoch}) must be in [0, `nepochs` (={len(self.teacher_temp_schedule)}))")
-        temperature = float(self.teacher_temp_schedule[epoch])
+        temperature = temperature_at(self.teacher_temp_schedule, epoch)
         norms = head.last_layer.norms if self.fused else head.last_prototype_norms
         if isinstance(teacher_output, HeadOutput):
             norms = teacher_output.norms
@@ -277,16 +268,12 @@ class DINOLoss(nn.Module):
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The state of DINO's loss, with `log_center` in place of `center` where centring is in probability space."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        for name in ("log_center", "logit_center"):
-            if f"{prefix}centering.{name}" in state:
-                state[prefix + name] = state.pop(f"{prefix}centering.{name}")
+        rename_keys_(state, prefix, _STATE_NAMES)
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.centering is not None:
-            for name in ("log_center", "logit_center", "center"):
-                if prefix + name in state_dict:
-                    state_dict[f"{prefix}centering.{name}"] = state_dict.pop(prefix + name)
+            rename_keys_(state_dict, prefix, _LOADED_NAMES)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of vmf_heads: `python -m benchmarks --help`."""

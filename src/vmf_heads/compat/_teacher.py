@@ -1,0 +1,77 @@
+"""The teacher's side that the losses of DINO and iBOT share: temperature schedules, logit centres, names in states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import at_least, positive
+from .._distributed import all_reduce_sum_
+from ..centering import ProbabilityCentering
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+CENTERING = ("probability", "logit")
+
+
+def temperature_schedule(
+    warmup: float, final: float, warmup_epochs: int, nepochs: int, *, start_epoch: int = 0, suffix: str = ""
+) -> np.ndarray:
+    """The teacher's temperature by epoch: `warmup` until `start_epoch`, linear over `warmup_epochs`, then `final`.
+
+    `suffix` is that of the arguments' names in the errors.
+    """
+    positive(f"warmup_teacher_temp{suffix}", warmup)
+    positive(f"teacher_temp{suffix}", final)
+    at_least("nepochs", nepochs, 1)
+    if not 0 <= warmup_epochs <= nepochs - start_epoch:
+        raise ValueError(
+            f"`warmup_teacher_temp_epochs` (={warmup_epochs}) must be in [0, `nepochs` (={nepochs - start_epoch})]"
+            if not start_epoch
+            else f"`warmup_teacher_temp_epochs` (={warmup_epochs}) must be in [0, `nepochs` - `mim_start_epoch` "
+            f"(={nepochs - start_epoch})]"
+        )
+    return np.concatenate(
+        (
+            np.full(start_epoch, warmup),
+            np.linspace(warmup, final, warmup_epochs),
+            np.full(nepochs - warmup_epochs - start_epoch, final),
+        )
+    )
+
+
+def temperature_at(schedule: np.ndarray, epoch: int) -> float:
+    """The temperature of `epoch`, or an error if training has no such epoch."""
+    if not 0 <= epoch < len(schedule):
+        raise ValueError(f"`epoch` (={epoch}) must be in [0, `nepochs` (={len(schedule)}))")
+    return float(schedule[epoch])
+
+
+def offset_at(centering: ProbabilityCentering | None, center: Tensor | None, temperature: float) -> Tensor:
+    """What the teacher's logits lose before the softmax, (K,): c of Eq. 9, or center / temperature of Eq. 8."""
+    if centering is None:
+        assert center is not None
+        return center.flatten() / temperature
+    centering.convert_logit_center_(temperature)
+    return centering.log_center
+
+
+def update_logit_center_(
+    center: Tensor, logit_sum: Tensor, rows: int, momentum: float, process_group: ProcessGroup | None
+) -> None:
+    """One step of Eq. 8 from the sum of the teacher's logits (K,) over `rows` rows, over all ranks."""
+    total = torch.cat([logit_sum, logit_sum.new_full((1,), rows)])
+    all_reduce_sum_(total, process_group)
+    center.lerp_((total[:-1] / total[-1]).view_as(center), 1 - momentum)
+
+
+def rename_keys_(state: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
+    """Rename the keys `prefix + old` of a state dict to `prefix + new`, in place, where they exist."""
+    for old, new in names.items():
+        if prefix + old in state:
+            state[prefix + new] = state.pop(prefix + old)
