@@ -80,7 +80,7 @@ def test_absolute_value_adds_only_the_rounding_of_the_constant(p, dtype):
     ("p", "dtype"),
     [
         (256, torch.float32),
-        *(pytest.param(p, dtype, marks=pytest.mark.slow) for p in (2, 16, 17, 64, 1_000_000) for dtype in DTYPES),
+        *(pytest.param(p, dtype, marks=pytest.mark.slow) for p in (2, 17, 1_000_000) for dtype in DTYPES),
         pytest.param(256, torch.float64, marks=pytest.mark.slow),
     ],
 )
@@ -93,8 +93,8 @@ def test_one_kernel_is_as_accurate(p, dtype, how):
     function = torch.compile(value_and_resultant, fullgraph=True) if how == "compiled" else value_and_resultant
     kappa = torch.tensor(truth.kappa, dtype=dtype, requires_grad=True)
     value, resultant = function(kappa)
-    (gradient,) = torch.autograd.grad(value.sum(), kappa, retain_graph=True)
-    (slope,) = torch.autograd.grad(resultant.sum(), kappa)
+    (gradient,) = torch.autograd.grad(value.sum(), kappa)
+    (slope,) = torch.autograd.grad(function(kappa)[1].sum(), kappa)  # a compiled graph goes backward once
     assert_accurate(value, truth.log_c_relative, truth, BOUND)
     assert_accurate(resultant, truth.mean_resultant, truth, BOUND)
     assert_accurate(-gradient, truth.mean_resultant, truth, BOUND)

@@ -45,7 +45,7 @@ class Recipe:
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    initializer_range: float  # standard deviation of the initial weights
+    initializer_range: float  # standard deviation of the initial weights, also of the head's MLP; DINO 0.02
     drop_path: float  # stochastic depth of the student's last layer, rising linearly from 0 at the first
 
     # Projection head and prototypes.

@@ -31,6 +31,11 @@ def test_crops_of_one_size_share_a_call_and_keep_their_order(recipe: Recipe, cro
     assert calls == ["backbone", "backbone", "head"] * 2
 
 
+def test_the_heads_mlp_starts_with_the_recipes_scale_too(recipe: Recipe) -> None:
+    head = DINO(recipe).student.head
+    assert head.mlp[2].weight.std().item() == pytest.approx(recipe.initializer_range, rel=0.1)
+
+
 def test_the_teacher_starts_as_the_student_and_gets_no_gradient(recipe: Recipe, crops: list[Tensor]) -> None:
     method = DINO(recipe)
     ours, theirs = method.student.state_dict(), method.teacher.state_dict()

@@ -58,7 +58,7 @@ def test_a_run_leaves_rows_checkpoint_and_backbone(tmp_path: Path) -> None:
         assert row["loss"] == pytest.approx(row["target_entropy"] + row["kl"], abs=1e-5)
         assert 0 <= row["target_entropy"] <= row["marginal_entropy"] <= math.log(32) + 1e-5
         assert row["kappa_min"] <= row["kappa_p05"] <= row["kappa_p50"] <= row["kappa_p95"] <= row["kappa_max"]
-        assert row["teacher_temp"] == 0.03
+        assert row["teacher_temp"] == 0.04
     assert log[0]["lr"] == pytest.approx(0.01 * 32 / 256)
     trained = load_run(tmp_path)
     assert (trained.step, trained.epoch) == (3, 0)

@@ -78,7 +78,7 @@ class DINO(nn.Module):
 
 
 def _build_head(recipe: Recipe) -> nn.Module:
-    return DINOHead(
+    head = DINOHead(
         recipe.hidden_size,
         recipe.out_dim,
         use_bn=recipe.use_bn_in_head,
@@ -88,3 +88,7 @@ def _build_head(recipe: Recipe) -> nn.Module:
         bottleneck_dim=recipe.bottleneck_dim,
         normalizer="vmf" if recipe.normalization == "vmf" else "none",
     )
+    for layer in head.mlp.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=recipe.initializer_range)  # DINO's 0.02 vanishes in a narrow head
+    return head
