@@ -65,8 +65,8 @@ class ChunkedCrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.distillation.per_row:
-            # Only on the CPU is it free to ask; there a second (K, p) gradient costs more than the question saves.
-            unscaled = grad.device.type == "cpu" and grad.item() == 1
+            # Spares a second (K, p) gradient, where the question itself is free: not on a GPU, not while tracing.
+            unscaled = grad.device.type == "cpu" and not torch.compiler.is_compiling() and grad.item() == 1
             return *(g if g is None or unscaled else g * grad for g in ctx.saved_tensors), None, None
         y, w, b = ctx.saved_tensors
         d = ctx.distillation
@@ -113,10 +113,10 @@ def _any_position(y: Tensor, w: Tensor, b: Tensor | None, d: Distillation, total
     for chunk in student_chunks:
         logits = _logits(y[chunk], w, b, tau, d.product_dtype, buffer)
         largest = logits.amax(dim=1, keepdim=True)
-        unnormalized = logits.sub_(largest).exp_()  # the row's sum divides the narrow operands instead
-        row_sum = unnormalized.sum(dim=1)
-        losses[chunk] = row_weight[chunk] * (largest.squeeze(1) + row_sum.log())
-        _add_gradients(total, chunk, unnormalized, y[chunk], w, row_weight[chunk] / row_sum, tau, d.product_dtype)
+        p = logits.sub_(largest).exp_()  # by hand, because a softmax would need memory of its own
+        p_sum = p.sum(dim=1, keepdim=True)
+        losses[chunk] = row_weight[chunk] * (largest + p_sum.log()).squeeze(1)
+        _add_gradients(total, chunk, p.div_(p_sum), y[chunk], w, row_weight[chunk], tau, d.product_dtype)
 
     # What teacher row j sums over the student rows that it is a target of: their weights and their weighted features.
     target_weight = weights.new_zeros(nt).index_add_(0, index.flatten(), weights.flatten())

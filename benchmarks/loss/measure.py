@@ -1,0 +1,106 @@
+"""Seconds and bytes of every contender at every size."""
+
+import contextlib
+import gc
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.loss import contenders, peers
+from benchmarks.loss.inputs import Inputs, Size
+from benchmarks.loss.memory import peak
+from benchmarks.timing import interleaved_medians
+
+BATCHES = {"cpu": (4, 8, 16, 32, 64), "cuda": (16, 32, 64, 128, 256)}
+STARTS = {False: "from the prototypes", True: "from the head's parameters"}
+
+Rows = list[dict[str, Any]]
+
+
+def measure(sizes: list[Size], device: str, *, autocast: bool, quick: bool) -> Rows:
+    """One row per size, start and contender; extra memory is what a step needs above parameters and all gradients."""
+    rows: Rows = []
+    for size in sizes:
+        for weight_norm in STARTS:
+            inputs = Inputs(size, device, weight_norm=weight_norm)
+            calls, missing = _contenders(size, compiled=not weight_norm)
+            steps = {name: partial(_step, call, inputs, autocast) for name, call in calls.items()}
+            timed: dict[str, Callable[[], object]] = dict(steps)
+            timed |= {f"{name}, forward": partial(_forward, call, inputs, autocast) for name, call in calls.items()}
+            timed[contenders.PRODUCTS] = partial(_floor, inputs, autocast)
+            seconds = interleaved_medians(
+                timed, rounds=3 if quick else 7, seconds=0.0 if quick else 0.05, device=device
+            )
+            for name, step in steps.items():
+                rows.append(
+                    _labels(size, weight_norm, name)
+                    | {"forward_s": seconds[f"{name}, forward"], "step_s": seconds[name]}
+                    | _memory(step, partial(_forward, calls[name], inputs, autocast), inputs, device)
+                )
+            rows.append(_labels(size, weight_norm, contenders.PRODUCTS) | {"step_s": seconds[contenders.PRODUCTS]})
+            rows += [_labels(size, weight_norm, name) | {"missing": why} for name, why in missing.items()]
+    return [{key: _short(value) for key, value in row.items()} for row in rows]
+
+
+def memory_by_batch(device: str, *, autocast: bool) -> Rows:
+    """Extra memory of 10 crops and K = 65 536 against the number of images."""
+    rows: Rows = []
+    for images in tqdm(BATCHES[device], desc="memory by batch"):
+        size = Size("", 10, images, 65536)
+        inputs = Inputs(size, device, weight_norm=False)
+        for name, call in {contenders.PLAIN: contenders.plain, contenders.FUSED: contenders.fused}.items():
+            forward = partial(_forward, call, inputs, autocast)
+            memory = _memory(partial(_step, call, inputs, autocast), forward, inputs, device)
+            rows.append({"contender": name, "images": images, "extra_bytes": memory["extra_bytes"]})
+    return rows
+
+
+def _contenders(size: Size, *, compiled: bool) -> tuple[dict[str, contenders.Contender], dict[str, str]]:
+    calls: dict[str, contenders.Contender] = {contenders.PLAIN: contenders.plain}
+    if compiled:
+        calls[contenders.COMPILED] = torch.compile(contenders.plain, dynamic=False)
+    calls |= {contenders.UNFUSED: contenders.unfused, contenders.FUSED: contenders.fused}
+    found, missing = peers.available(size) if compiled else ({}, {})
+    return calls | found, missing
+
+
+def _memory(step: Callable[[], object], forward: Callable[[], object], inputs: Inputs, device: str) -> dict[str, Any]:
+    """Peaks of a forward pass, whose graph is kept, and of a step, less the gradients that the step leaves behind."""
+    peaks = {}
+    for name, call in (("forward_peak_bytes", forward), ("step_peak_bytes", step)):
+        _clear(inputs)
+        gc.collect()
+        peaks[name] = peak(call, device)
+    gradients = sum(leaf.grad.nbytes for leaf in inputs.leaves if leaf.grad is not None)
+    return peaks | {"extra_bytes": max(peaks.values()) - gradients}
+
+
+def _step(call: contenders.Contender, inputs: Inputs, autocast: bool) -> None:
+    _clear(inputs)
+    _forward(call, inputs, autocast).backward()
+
+
+def _forward(call: contenders.Contender, inputs: Inputs, autocast: bool) -> torch.Tensor:
+    with torch.autocast("cuda", torch.bfloat16) if autocast else contextlib.nullcontext():
+        return call(inputs)
+
+
+def _floor(inputs: Inputs, autocast: bool) -> None:
+    with torch.autocast("cuda", torch.bfloat16) if autocast else contextlib.nullcontext():
+        contenders.products(inputs)
+
+
+def _clear(inputs: Inputs) -> None:
+    for leaf in inputs.leaves:
+        leaf.grad = None
+
+
+def _labels(size: Size, weight_norm: bool, name: str) -> dict[str, Any]:
+    return {"size": str(size), "start": STARTS[weight_norm], "contender": name}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value

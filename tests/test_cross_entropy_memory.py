@@ -1,0 +1,54 @@
+"""`prototype_cross_entropy` never holds the logits: no tensor it makes has N * K elements."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cross_entropy_problems import problem, reference
+from vmf_heads import prototype_cross_entropy
+
+NS, NT, K, P, M = 60, 40, 211, 3, 2
+
+
+class LargestResult(TorchDispatchMode):
+    """Records the most elements of any tensor that an operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("center_on", ["scores", "responsibilities"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("same_position", [True, False])
+def test_no_tensor_is_larger_than_a_chunk_or_a_gradient(same_position: bool, reduction: str, center_on: str) -> None:
+    arguments = problem((NT if same_position else NS, NT, K, P, 1 if same_position else M))
+    if same_position:
+        arguments["targets"] = None
+    largest = LargestResult()
+    with largest:
+        loss, _, _ = prototype_cross_entropy(**arguments, chunk_rows=4, reduction=reduction, center_on=center_on)
+        loss.sum().backward()
+    assert K * P <= largest.elements <= max(4 * K, K * P, NS * P)
+
+
+def test_the_recorder_sees_the_logits_of_the_reference() -> None:
+    largest = LargestResult()
+    with largest:
+        reference(problem((NS, NT, K, P, M)))[0].backward()
+    assert largest.elements == NS * K
+
+
+def test_the_default_chunk_fits_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmf_heads._chunked._CHUNK_BYTES", {"cpu": 5 * K * 4})
+    largest = LargestResult()
+    with largest:
+        prototype_cross_entropy(**problem((NS, NT, K, P, M), dtype=torch.float32))
+    assert 4 * K <= largest.elements <= 5 * K
