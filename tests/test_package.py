@@ -61,7 +61,16 @@ LAYERS = [
     ["_expansion", "_fused", "special"],
     ["_prototypes", "head", "centering"],
     ["_chunked", "cross_entropy"],
-    ["", "compat", "compat._attach", "compat.dino"],
+    ["", "compat", "compat._attach", "compat._teacher", "compat._sinkhorn", "compat._centred", "compat.convert"],
+    [
+        "compat.dino",
+        "compat._ibot_head",
+        "compat.ibot",
+        "compat.lightly",
+        "compat.msn",
+        "compat.dinov2",
+        "compat.dinov3",
+    ],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 

@@ -1,6 +1,7 @@
-"""The tables of docs/numerics.md, made from the result files."""
+"""The tables of docs/numerics.md and the accuracy block of a docstring, made from the result files."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,32 @@ from benchmarks.normalizer.accuracy import DTYPES, OURS
 from vmf_heads._expansion import expansion
 
 DOCS = Path(__file__).parents[2] / "docs" / "numerics.md"
+SOURCE = Path(__file__).parents[2] / "src" / "vmf_heads" / "special.py"
 TRAINING_DIMENSIONS = (64, 256, 1024)
 Rows = list[dict[str, Any]]
 
 
 def update_docs() -> None:
-    """Replace what stands between the markers of docs/numerics.md by tables of the newest CPU results."""
+    """Put the newest CPU results between the markers of docs/numerics.md and into the docstring that quotes them."""
     DOCS.write_text(rendered(DOCS.read_text()))
+    SOURCE.write_text(with_accuracy(SOURCE.read_text()))
+
+
+def with_accuracy(source: str) -> str:
+    """`source` with the lines behind "Accuracy ...::" replaced by ours: largest and root-mean-square error in eps."""
+    ours = [row for row in results.latest("normalizer_accuracy")["rows"] if row["method"] == OURS]
+    lines = []
+    for dtype in DTYPES:
+        own = [row for row in ours if row["dtype"] == dtype]
+        points = sum(row["points"] for row in own)
+        cells = []
+        for name, symbol in (("value", "D"), ("resultant", "A"), ("slope", "A'")):
+            rms = math.sqrt(sum(row[f"{name}_rms"] ** 2 * row["points"] for row in own) / points)
+            cells.append(f"{symbol} {max(row[f'{name}_max'] for row in own):.1f} / {rms:.1f}")
+        failures = sum(row["non_finite"] for row in own)
+        lines.append(f"        {dtype}   {'   '.join(cells)}   not finite: {failures} of {points}\n")
+    block = re.compile(r"(    Accuracy, [^:]*::\n\n)((?:        .*\n)*)")
+    return block.sub(lambda found: found[1] + "".join(lines), source)
 
 
 def rendered(text: str) -> str:

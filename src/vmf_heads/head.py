@@ -117,21 +117,24 @@ class VMFPrototypeHead(nn.Module):
         """What `output` says, of backbone features `x` (..., in_dim); `temperature` overrides the head's own."""
         if x.shape[-1:] != (self.in_dim,):
             raise ValueError(f"`x` (of shape {tuple(x.shape)}) must end in `in_dim` (={self.in_dim})")
-        features = self._features(x)
+        result = self._of_features(self.last_layer, self._features(x), temperature)
+        if (self._attached_output or self.output) == "scores":
+            # A copy: under FSDP the parameter's storage is freed after this forward.
+            self.last_prototype_norms = self.last_layer.norms.detach().clone()
+        return result
+
+    def _of_features(self, layer: Prototypes, features: Tensor, temperature: float | None) -> Tensor | HeadOutput:
+        """What `output` says, of unit features (..., p) and the prototypes of `layer`."""
         output = self._attached_output or self.output
         if output == "features":
             return features
         if output == "prototypes":
-            return HeadOutput(features, self.last_layer.weight, self.last_layer.norms)
-        scores = self.last_layer(features, exact=self.logits_dtype is not None)
-        if output == "scores":
-            # A copy: under FSDP the parameter's storage is freed after this forward.
-            self.last_prototype_norms = self.last_layer.norms.detach().clone()
-            return scores
-        if self.normalizer == "none":
+            return HeadOutput(features, layer.weight, layer.norms)
+        scores = layer(features, exact=self.logits_dtype is not None)
+        if output == "scores" or self.normalizer == "none":
             return scores
         tau = self.temperature if temperature is None else positive("temperature", temperature)
-        return scores + tau * self.log_normalizer(tau)
+        return scores + tau * self.log_normalizer(tau, layer.norms)
 
     def log_normalizer(self, temperature: float, norms: Tensor | None = None) -> Tensor:
         """log C_p(||w_k|| / temperature) - log C_p(1 / temperature) (K,), zeros for normalizer="none".

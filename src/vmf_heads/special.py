@@ -57,6 +57,16 @@ def log_vmf_normalizer(kappa: Tensor, p: int, *, relative: bool = False, fused: 
         ValueError: `p` < 2.
         RuntimeError: `fused=True` where torch.compile does not work.
 
+    Accuracy, largest and root-mean-square relative error in eps of value, first and second derivative, for p from 2 to
+    1 000 000 and kappa from 0 to 1e9 (`python -m benchmarks normalizer` makes these lines)::
+
+        float32   D 2.7 / 0.7   A 1.8 / 0.4   A' 3.5 / 0.5   not finite: 0 of 3222
+        float64   D 2.6 / 0.7   A 1.5 / 0.4   A' 4.6 / 0.6   not finite: 0 of 3222
+
+    The derivatives: with F = 0F1(; p/2; kappa^2/4), C_p(kappa)/C_p(0) = 1/F and F' = kappa/p 0F1(; p/2+1; kappa^2/4),
+    so d/dkappa log C_p = -F'/F = -I_{p/2}/I_{p/2-1} = -A_p (DLMF 10.29.4, 10.39.9), and A_p' follows from the
+    recurrence in the order, DLMF 10.29.1, differentiated (see `_expansion`).
+
     Source: [2] Eq. 5 takes the first term of DLMF 10.41.3 (https://dlmf.nist.gov/10.41.E3); here as many terms are
     summed as the dtype resolves, rearranged so that nothing cancels. Accuracy, method and proofs by test:
     docs/numerics.md.

@@ -41,5 +41,5 @@ def fused_output(student: nn.Module, head: VMFPrototypeHead) -> str:
     With plain features the loss reads the prototypes from the head, outside the model's forward. FSDP2 gives such a
     read silently wrong gradients, and DistributedDataParallel(find_unused_parameters=True) counts them as unused.
     """
-    hidden = is_sharded(head.last_layer.weight_v) or getattr(student, "find_unused_parameters", False)
-    return "prototypes" if hidden else "features"
+    finds_unused = any(getattr(module, "find_unused_parameters", False) for module in student.modules())
+    return "prototypes" if finds_unused or is_sharded(head.last_layer.weight_v) else "features"

@@ -12,7 +12,7 @@ from .._matmul import at_least_float32
 from ..centering import ProbabilityCentering
 from ..head import VMFPrototypeHead
 from ._attach import find_head, warn_if_norms_are_frozen
-from ._teacher import CENTERING, offset_at, rename_keys_, update_logit_center_
+from ._teacher import CENTERING, LogitSum, offset_at, rename_keys_
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,8 +55,7 @@ class CentredLoss(nn.Module):
             )
         else:
             self.register_buffer("center", torch.zeros(center_shape))
-        self._logit_sum: Tensor | None = None  # (K,) and rows of Eq. 8, accumulated since the last commit
-        self._rows = 0
+        self._logit_sum = LogitSum()
         # In a tuple, so that the heads do not become submodules and are not saved with the loss.
         self._heads: tuple[VMFPrototypeHead, VMFPrototypeHead] | None = None
 
@@ -107,18 +106,16 @@ class CentredLoss(nn.Module):
             self.centering.accumulate_(*self.centering.log_sum(scores, temperature, log_normalizer=bias))
             return
         rows = at_least_float32(scores).flatten(0, -2)
-        total = rows.sum(dim=0) + len(rows) * temperature * self._log_normalizer(temperature)
-        self._logit_sum = total if self._logit_sum is None else self._logit_sum + total
-        self._rows += len(rows)
+        bias = temperature * self._log_normalizer(temperature)
+        self._logit_sum.accumulate_(rows.sum(dim=0) + len(rows) * bias, len(rows))
 
     @torch.no_grad()
     def _commit(self) -> None:
         """One step of Eq. 9 or Eq. 8 from what was accumulated, over all ranks; each of them must call it."""
         if self.centering is not None:
             self.centering.commit_()
-        elif self._logit_sum is not None:
-            update_logit_center_(self.center, self._logit_sum, self._rows, self.center_momentum, self.process_group)
-            self._logit_sum, self._rows = None, 0
+        else:
+            self._logit_sum.commit_(self.center, self.center_momentum, self.process_group)
 
     def _log_normalizer(self, temperature: float) -> Tensor:
         """log C_p (K,) of the prototypes that the teacher's last forward used, up to a constant."""

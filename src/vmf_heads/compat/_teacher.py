@@ -29,13 +29,10 @@ def temperature_schedule(
     positive(f"warmup_teacher_temp{suffix}", warmup)
     positive(f"teacher_temp{suffix}", final)
     at_least("nepochs", nepochs, 1)
+    at_least("mim_start_epoch", start_epoch, 0)
     if not 0 <= warmup_epochs <= nepochs - start_epoch:
-        raise ValueError(
-            f"`warmup_teacher_temp_epochs` (={warmup_epochs}) must be in [0, `nepochs` (={nepochs - start_epoch})]"
-            if not start_epoch
-            else f"`warmup_teacher_temp_epochs` (={warmup_epochs}) must be in [0, `nepochs` - `mim_start_epoch` "
-            f"(={nepochs - start_epoch})]"
-        )
+        limit = f"`nepochs` (={nepochs})" + (f" - `mim_start_epoch` (={start_epoch})" if start_epoch else "")
+        raise ValueError(f"`warmup_teacher_temp_epochs` (={warmup_epochs}) must be in [0, {limit}]")
     return np.concatenate(
         (
             np.full(start_epoch, warmup),
@@ -68,6 +65,25 @@ def update_logit_center_(
     total = torch.cat([logit_sum, logit_sum.new_full((1,), rows)])
     all_reduce_sum_(total, process_group)
     center.lerp_((total[:-1] / total[-1]).view_as(center), 1 - momentum)
+
+
+class LogitSum:
+    """The teacher's logits of Eq. 8, summed over micro-batches until their centre makes one step."""
+
+    def __init__(self) -> None:
+        self.logit_sum: Tensor | None = None
+        self.rows = 0
+
+    def accumulate_(self, logit_sum: Tensor, rows: int) -> None:
+        """Add a micro-batch: the sum of its logits (K,) over so many rows."""
+        self.logit_sum = logit_sum if self.logit_sum is None else self.logit_sum + logit_sum
+        self.rows += rows
+
+    def commit_(self, center: Tensor, momentum: float, process_group: ProcessGroup | None) -> None:
+        """One step of `center` from all that was accumulated, over all ranks."""
+        assert self.logit_sum is not None
+        update_logit_center_(center, self.logit_sum, self.rows, momentum, process_group)
+        self.logit_sum, self.rows = None, 0
 
 
 def rename_keys_(state: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:

@@ -28,11 +28,11 @@ from ..head import HeadOutput, VMFPrototypeHead
 from ._attach import find_head, fused_output, warn_if_norms_are_frozen
 from ._teacher import (
     CENTERING,
+    LogitSum,
     offset_at,
     rename_keys_,
     temperature_at,
     temperature_schedule,
-    update_logit_center_,
 )
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ class DINOLoss(nn.Module):
             )
         else:
             self.register_buffer("center", torch.zeros(1, at_least("out_dim", out_dim, 1)))
+        self._logit_sum = LogitSum()
         # In a tuple, so that the heads do not become submodules and are not saved with the loss.
         self._heads: tuple[VMFPrototypeHead, VMFPrototypeHead] | None = None
 
@@ -158,10 +159,18 @@ class DINOLoss(nn.Module):
         student_head.temperature = self.student_temp
         self._heads = (student_head, teacher_head)
 
-    def forward(self, student_output: Tensor | HeadOutput, teacher_output: Tensor | HeadOutput, epoch: int) -> Tensor:
+    def forward(
+        self,
+        student_output: Tensor | HeadOutput,
+        teacher_output: Tensor | HeadOutput,
+        epoch: int,
+        *,
+        commit: bool = True,
+    ) -> Tensor:
         """The loss of what the attached heads returned: (ncrops * B, K) and (2 * B, K) logits, crop by crop.
 
-        Then the centre is updated. With fused=True both are features (..., p).
+        Then the centre is updated. With fused=True both are features (..., p). When gradients are accumulated over
+        micro-batches, commit=False on all but the last makes one update from all of them.
         """
         student_rows, teacher_rows = len(_rows(student_output)), len(_rows(teacher_output))
         if teacher_rows % 2 or student_rows * 2 != teacher_rows * self.ncrops:
@@ -170,7 +179,7 @@ class DINOLoss(nn.Module):
                 f"`teacher_output` (of {teacher_rows} rows) 2, crop by crop"
             )
         if self.fused:
-            return self._fused_forward(student_output, teacher_output, epoch)
+            return self._fused_forward(student_output, teacher_output, epoch, commit)
         targets = self.targets(teacher_output, epoch).chunk(2)
         logits = at_least_float32(_rows(student_output)) / self.student_temp
         total = logits.new_zeros(())
@@ -178,7 +187,7 @@ class DINOLoss(nn.Module):
             for u, target in enumerate(targets):
                 if u != v:  # the same view of the same image teaches nothing
                     total = total - (target * log_probabilities).sum(dim=1).mean()
-        self.update_center(teacher_output, epoch)
+        self.update_center(teacher_output, epoch, commit=commit)
         return total / (2 * self.ncrops - 2)
 
     @torch.no_grad()
@@ -188,18 +197,23 @@ class DINOLoss(nn.Module):
         return torch.softmax(self._scores(teacher_output) / temperature + bias - self._log_center(temperature), dim=1)
 
     @torch.no_grad()
-    def update_center(self, teacher_output: Tensor | HeadOutput, epoch: int) -> None:
-        """One step of Eq. 9 ("probability") or Eq. 8 ("logit") from this batch, over all ranks; `forward` calls it."""
+    def update_center(self, teacher_output: Tensor | HeadOutput, epoch: int, *, commit: bool = True) -> None:
+        """One step of Eq. 9 ("probability") or Eq. 8 ("logit") from this batch, over all ranks; `forward` calls it.
+
+        commit=False only adds the batch to those that the next step will average.
+        """
         temperature, bias = self._teacher(teacher_output, epoch)
         scores = self._scores(teacher_output)
         if self.centering is not None:
             self.centering.convert_logit_center_(temperature)
-            self.centering.update_(scores, temperature, log_normalizer=bias)
+            self.centering.accumulate_(*self.centering.log_sum(scores, temperature, log_normalizer=bias))
         else:
-            self._update_logit_center(scores.sum(dim=0), len(scores), temperature * bias)
+            self._logit_sum.accumulate_(scores.sum(dim=0) + len(scores) * temperature * bias, len(scores))
+        if commit:
+            self._commit()
 
     def _fused_forward(
-        self, student_output: Tensor | HeadOutput, teacher_output: Tensor | HeadOutput, epoch: int
+        self, student_output: Tensor | HeadOutput, teacher_output: Tensor | HeadOutput, epoch: int, commit: bool
     ) -> Tensor:
         student_head, teacher_head = self._attached()
         student = _head_output(student_output, student_head)
@@ -223,14 +237,19 @@ class DINOLoss(nn.Module):
         )
         if self.centering is not None:
             self.centering.accumulate_(log_sum, rows)
-            self.centering.commit_()
         else:  # Eq. 8 averages logits, which are linear in the features
             feature_sum = at_least_float32(teacher.features.detach()).sum(dim=0)
-            self._update_logit_center(teacher.prototypes.detach() @ feature_sum, rows, temperature * bias)
+            score_sum = teacher.prototypes.detach() @ feature_sum
+            self._logit_sum.accumulate_(score_sum + rows * temperature * bias, rows)
+        if commit:
+            self._commit()
         return loss
 
-    def _update_logit_center(self, score_sum: Tensor, rows: int, bias: Tensor) -> None:
-        update_logit_center_(self.center, score_sum + rows * bias, rows, self.center_momentum, self.process_group)
+    def _commit(self) -> None:
+        if self.centering is not None:
+            self.centering.commit_()
+        else:
+            self._logit_sum.commit_(self.center, self.center_momentum, self.process_group)
 
     def _log_center(self, temperature: float) -> Tensor:
         return offset_at(self.centering, None if self.centering is not None else self.center, temperature)

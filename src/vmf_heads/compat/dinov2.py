@@ -1,0 +1,304 @@
+"""DINOv2 with vMF prototypes: `DINOHead`, `DINOLoss` and `iBOTPatchLoss` with the original's names and signatures.
+
+Experimental: the paper has DINO and iBOT only. The change to dinov2/train/ssl_meta_arch.py::
+
+    -from dinov2.loss import DINOLoss, iBOTPatchLoss, KoLeoLoss
+    -from dinov2.layers import DINOHead
+    +from dinov2.loss import KoLeoLoss
+    +from vmf_heads.compat.dinov2 import DINOHead, DINOLoss, iBOTPatchLoss
+
+    +self.dino_loss.attach(self.student, self.teacher, head="dino_head")          # once both exist
+    +self.ibot_patch_loss.attach(self.student, self.teacher, head="ibot_head")    # "dino_head" if it is shared
+
+With `train.centering: centering` the teacher follows Eq. 7 and Eq. 9. With `sinkhorn_knopp` (the ViT-L and ViT-g
+configurations) only the student's Eq. 6 is left: Sinkhorn-Knopp removes the teacher's log C_p exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._checks import positive
+from .._matmul import at_least_float32
+from ..head import VMFPrototypeHead
+from ._centred import CentredLoss
+from ._sinkhorn import sinkhorn_knopp
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["DINOHead", "DINOLoss", "iBOTPatchLoss"]
+
+
+class DINOHead(VMFPrototypeHead):
+    """DINOv2's head with log C_p of each prototype in its logits; see `VMFPrototypeHead`. Experimental.
+
+    Parameter names and order are DINOv2's: `mlp.*`, `last_layer.weight_g`, `last_layer.weight_v`. As there, the norms
+    always learn. Features, scores and logits are float32 whatever the precision of the parameters.
+
+    >>> import torch
+    >>> from vmf_heads.compat.dinov2 import DINOHead
+    >>> DINOHead(32, 100, hidden_dim=16, bottleneck_dim=8)(torch.randn(4, 32)).shape
+    torch.Size([4, 100])
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        mlp_bias: bool = True,
+        *,
+        temperature: float = 0.1,
+        normalizer: str = "vmf",
+    ) -> None:
+        super().__init__(
+            in_dim,
+            out_dim,
+            use_bn=use_bn,
+            nlayers=max(nlayers, 1),
+            hidden_dim=hidden_dim,
+            bottleneck_dim=bottleneck_dim,
+            mlp_bias=mlp_bias,
+            temperature=temperature,
+            normalizer=normalizer,
+        )
+
+
+class _TeacherSide(CentredLoss):
+    """The teacher's side of DINOv2's two losses: its targets by centring or Sinkhorn-Knopp, and the late centre.
+
+    As in DINOv2 a batch enters the centre when the targets of the next one are asked for.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float,
+        center_momentum: float,
+        center_shape: tuple[int, ...],
+        centering: str,
+        center_on: str,
+        process_group: ProcessGroup | None,
+    ) -> None:
+        super().__init__(out_dim, student_temp, center_momentum, center_shape, centering, center_on, process_group)
+        self.updated = True
+        self._teacher_temp: float | None = None
+
+    @torch.no_grad()
+    def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
+        """The teacher's probabilities (..., K), Eq. 7, of its head's output (..., K), after the pending centre update.
+
+        The temperature is remembered for `update_center`, which DINOv2 does not tell it.
+        """
+        self._teacher_temp = positive("teacher_temp", teacher_temp)
+        self.apply_center_update()
+        return self._targets("teacher_output", teacher_output, teacher_temp)
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        """Take the head's output (..., K) of this batch into the next centre, Eq. 9 or Eq. 8; averages over all rows.
+
+        Raises RuntimeError before the first `softmax_center_teacher`.
+        """
+        self.reduce_center_update(teacher_output)
+
+    @torch.no_grad()
+    def reduce_center_update(self, teacher_output: Tensor) -> None:
+        """What `update_center` does; the ranks' sums are added in `apply_center_update`."""
+        if self._teacher_temp is None:
+            raise RuntimeError("call `softmax_center_teacher` before `update_center`: it tells the teacher temperature")
+        self._accumulate("teacher_output", teacher_output, self._teacher_temp)
+        self.updated = False
+
+    @torch.no_grad()
+    def apply_center_update(self) -> None:
+        """Finish a pending update of the centre, over all ranks; without one nothing happens."""
+        if not self.updated:
+            self._commit()
+            self.updated = True
+
+    @torch.no_grad()
+    def _sinkhorn_knopp(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int) -> Tensor:
+        self._check_columns("teacher_output", teacher_output)
+        logits = at_least_float32(teacher_output) / positive("teacher_temp", teacher_temp)
+        return sinkhorn_knopp(logits, n_iterations, self.process_group)
+
+    def _log_student(self, name: str, logits: Tensor) -> Tensor:
+        """log P_s (..., K) of the student's logits (..., K), Eq. 6."""
+        self._attached()
+        self._check_columns(name, logits)
+        return torch.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
+
+
+class DINOLoss(_TeacherSide):
+    """DINOv2's loss on [CLS] tokens for vMF heads. Experimental.
+
+    With heads of prototype norm 1 and centering="logit" (or under Sinkhorn-Knopp) it is DINOv2's own loss.
+
+    Args:
+        out_dim: number of prototypes K.
+        student_temp: the student's temperature.
+        center_momentum: momentum of the centre.
+        centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p.
+        center_on: see `ProbabilityCentering`; for centering="probability" only.
+        process_group: the ranks that share one centre; None means all of them.
+
+    `attach(student, teacher, head="dino_head")` must be called once. State dict: `log_center` (K,) with probability
+    centring; `center` (1, K), as in DINOv2, with logit centring. A DINOv2 checkpoint's `center` loads into either.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range or a tensor has the wrong shape.
+        RuntimeError: called before `attach`, or the teacher's head has not run.
+
+    Source: Oquab et al., TMLR 2024; Govindarajan et al., ICLR 2023, Eq. 6, 7, 8 and 9.
+
+    >>> import torch
+    >>> from vmf_heads.compat.dinov2 import DINOHead, DINOLoss
+    >>> student, teacher = (DINOHead(16, 32, hidden_dim=16, bottleneck_dim=8) for _ in range(2))
+    >>> loss = DINOLoss(32)
+    >>> loss.attach(student, teacher)
+    >>> crops = torch.randn(2, 5, 16)
+    >>> targets = loss.softmax_center_teacher(teacher(crops), teacher_temp=0.04)
+    >>> loss.update_center(teacher(crops))
+    >>> loss([student(crop) for crop in crops], targets).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        *,
+        centering: str = "probability",
+        center_on: str = "scores",
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(out_dim, student_temp, center_momentum, (1, out_dim), centering, center_on, process_group)
+
+    @torch.no_grad()
+    def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
+        """The teacher's assignments (N, K) by Sinkhorn-Knopp over all ranks, for logits of any size."""
+        return self._sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
+
+    def forward(
+        self, student_output_list: Sequence[Tensor], teacher_out_softmaxed_centered_list: Sequence[Tensor] | Tensor
+    ) -> Tensor:
+        """The cross-entropies, averaged over the batch and summed over all pairs of a student's and a teacher's crop.
+
+        Both are sequences of (B, K), or the teacher's a tensor (crops, B, K): logits and probabilities.
+        """
+        teacher = list(teacher_out_softmaxed_centered_list)
+        if not teacher or any(t.shape != s.shape for t in teacher for s in student_output_list):
+            raise ValueError(
+                f"`teacher_out_softmaxed_centered_list` (of shapes {[tuple(t.shape) for t in teacher]}) must hold the "
+                f"shapes of `student_output_list` (={[tuple(s.shape) for s in student_output_list]})"
+            )
+        targets = sum(teacher[1:], start=teacher[0])  # each student's crop meets every target
+        total = targets.new_zeros(())
+        for logits in student_output_list:
+            total = total - (targets * self._log_student("student_output_list", logits)).sum(dim=-1).mean()
+        return total
+
+
+class iBOTPatchLoss(_TeacherSide):
+    """DINOv2's loss on masked patches for vMF heads. Experimental.
+
+    With heads of prototype norm 1 and centering="logit" (or under Sinkhorn-Knopp) it is DINOv2's own loss.
+
+    Args:
+        patch_out_dim: number of prototypes K.
+        student_temp, center_momentum, centering, center_on, process_group: as in `DINOLoss`.
+
+    `attach(student, teacher, head="ibot_head")` must be called once ("dino_head" where the head is shared). State dict:
+    `log_center` (K,) with probability centring; `center` (1, 1, K), as in DINOv2, with logit centring.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range or a tensor has the wrong shape.
+        RuntimeError: called before `attach`, or the teacher's head has not run.
+
+    Source: Oquab et al., TMLR 2024; Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9, appendix A.5.
+    """
+
+    def __init__(
+        self,
+        patch_out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        *,
+        centering: str = "probability",
+        center_on: str = "scores",
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            patch_out_dim, student_temp, center_momentum, (1, 1, patch_out_dim), centering, center_on, process_group
+        )
+
+    @torch.no_grad()
+    def sinkhorn_knopp_teacher(
+        self,
+        teacher_output: Tensor,
+        teacher_temp: float,
+        n_masked_patches_tensor: Tensor | None = None,
+        n_iterations: int = 3,
+    ) -> Tensor:
+        """The teacher's assignments (N, K) by Sinkhorn-Knopp over all ranks, for logits of any size.
+
+        `n_masked_patches_tensor`, the number of samples, cancels and is left as it is.
+        """
+        return self._sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
+
+    def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
+        """The loss of all patches: logits and targets (B, N, K), mask (B, N) that is True where a patch counts."""
+        if student_masks_flat.shape != student_patch_tokens.shape[:-1]:
+            raise ValueError(
+                f"`student_masks_flat` (of shape {tuple(student_masks_flat.shape)}) must be "
+                f"(B, N) of `student_patch_tokens` (={tuple(student_patch_tokens.shape[:-1])})"
+            )
+        mask = student_masks_flat.float()
+        losses = self._cross_entropy("student_patch_tokens", student_patch_tokens, teacher_patch_tokens)
+        return ((losses * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1.0)).mean()
+
+    def forward_masked(
+        self,
+        student_patch_tokens_masked: Tensor,
+        teacher_patch_tokens_masked: Tensor,
+        student_masks_flat: Tensor,
+        n_masked_patches: int | None = None,
+        masks_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of the masked patches alone: logits and targets (M, K), mask (B, N) with M patches True.
+
+        `n_masked_patches`: the rows that are patches, the rest is padding. `masks_weight` (M,): 1 over the number of
+        masked patches of the patch's image, computed from the mask if None.
+        """
+        losses = self._cross_entropy(
+            "student_patch_tokens_masked", student_patch_tokens_masked, teacher_patch_tokens_masked
+        )
+        if masks_weight is None:
+            per_image = student_masks_flat.sum(dim=-1, keepdim=True).clamp(min=1.0)
+            masks_weight = (1 / per_image).expand_as(student_masks_flat)[student_masks_flat]
+        if n_masked_patches is not None:
+            losses = losses[:n_masked_patches]
+        if losses.shape != masks_weight.shape:
+            raise ValueError(
+                f"`student_patch_tokens_masked` (with {len(losses)} patches) must hold as many as `masks_weight`, or "
+                f"the mask, has (={len(masks_weight)})"
+            )
+        return (losses * masks_weight).sum() / len(student_masks_flat)
+
+    def _cross_entropy(self, name: str, logits: Tensor, targets: Tensor) -> Tensor:
+        if targets.shape != logits.shape:
+            raise ValueError(
+                f"`{name.replace('student', 'teacher')}` (of shape {tuple(targets.shape)}) must have the shape of "
+                f"`{name}` (={tuple(logits.shape)})"
+            )
+        return -(at_least_float32(targets) * self._log_student(name, logits)).sum(dim=-1)

@@ -1,0 +1,122 @@
+"""Checkouts of the original repositories, copied and changed as docs/migrating.md says."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+VARIABLE = "VMF_HEADS_UPSTREAM"
+
+
+def copy_of(name: str, folder: Path) -> Path:
+    """A copy of checkout `name` in `folder`; skips the test where there is no checkout."""
+    upstream = os.environ.get(VARIABLE)
+    if not upstream:
+        pytest.skip(f"{VARIABLE} does not name a folder with checkouts of the original repositories")
+    source = Path(upstream, name)
+    if not source.is_dir():
+        pytest.skip(f"there is no checkout of {name} in {VARIABLE} (={upstream})")
+    return Path(shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(".git", "*.png", "*.ipynb")))
+
+
+def documented_hunks(section: str) -> list[tuple[str, str, str]]:
+    """(file, old text, new text) of every hunk of the first diff in this section of docs/migrating.md."""
+    text = (ROOT / "docs/migrating.md").read_text()
+    diff = re.search(rf"^## {re.escape(section)}$.*?^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert diff, section
+    hunks = []
+    for part in re.split(r"^--- ", diff[1], flags=re.MULTILINE)[1:]:
+        file, _, body = part.partition("\n")
+        for hunk in re.split(r"^@@.*\n", body, flags=re.MULTILINE)[1:]:
+            lines = hunk.splitlines(keepends=True)
+            old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+            hunks.append((file, old, new))
+    return hunks
+
+
+def apply_documented_diff(checkout: Path, section: str, **loss_options: Any) -> None:
+    """Apply the diff of docs/migrating.md, each hunk where it fits exactly once.
+
+    `loss_options` become additional keywords of the loss, whose call is what a hunk ending in "Loss(" opens.
+    """
+    for file, old, new in documented_hunks(section):
+        path = checkout / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
+        if loss_options and re.search(r"Loss\($", new):
+            start = text.index(old) + len(old)
+            end = text.index("\n    )", start)
+            options = "".join(f"\n        {name}={value!r}," for name, value in loss_options.items())
+            text = text[:end].rstrip().rstrip(",") + "," + options + text[end:]
+        path.write_text(text.replace(old, new))
+
+
+class Training:
+    """Runs the training script of one repository, every time in a fresh copy of the checkout."""
+
+    def __init__(self, name: str, section: str, script: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self.name, self.section, self.script, self.factory = name, section, script, tmp_path_factory
+
+    def __call__(
+        self,
+        options: list[str],
+        *,
+        diff: bool = True,
+        loss: dict[str, Any] | None = None,
+        folder: Path | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """What the script recorded with these command-line options.
+
+        `diff` applies the documented diff, with `loss` as additional arguments of the loss; `folder` holds checkpoints
+        and result, by default a new one; `settings` are the recorder's.
+        """
+        checkout = copy_of(self.name, self.factory.mktemp(self.name))
+        if diff:
+            apply_documented_diff(checkout, self.section, **(loss or {}))
+        output = (folder or self.factory.mktemp("run")) / "result.pt"
+        script = Path(__file__).with_name(self.script)
+        arguments = json.dumps({"options": options, **settings}, default=str)
+        command = [sys.executable, "-W", "ignore", str(script), str(checkout), str(output), arguments]
+        path = os.pathsep.join(str(p) for p in (ROOT / "src", ROOT / "tests"))
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+        return torch.load(output, weights_only=False) | {"file": output, "printed": finished.stdout}
+
+
+TOLERANCE = 1e-5
+
+
+def check_same_training(got: dict[str, Any], want: dict[str, Any]) -> None:
+    """Two runs agree in optimiser groups, losses, weights and centres."""
+    assert got["groups"] == want["groups"]
+    assert len(want["losses"]) == 4
+    assert not torch.equal(want["losses"][0], want["losses"][3])
+    for part in ("losses", "student", "teacher", "state_of_loss"):
+        torch.testing.assert_close(got[part], want[part], rtol=1e-4, atol=1e-6, msg=lambda m, part=part: f"{part}: {m}")
+
+
+def check_equations(result: dict[str, Any], centers: list[str]) -> None:
+    """Loss, gradients and centres of every step are those of the float64 reference."""
+    assert len(result["errors"]) == 4
+    for errors in result["errors"]:
+        assert set(errors) == {"loss", "weight_g", "weight_v", "backbone and mlp"}
+        assert max(errors.values()) < TOLERANCE, errors
+    assert list(result["state_of_loss"]) == centers
+    for name, want in zip(centers, result["reference_centers"], strict=True):
+        torch.testing.assert_close(result["state_of_loss"][name].double(), want, rtol=1e-4, atol=1e-5)
+
+
+def check_power(result: dict[str, Any]) -> None:
+    """The check of the equations would not pass if the teacher's temperature had been left at the student's."""
+    for errors in result["errors_at_wrong_temperature"]:
+        assert min(errors.values()) > 100 * TOLERANCE, errors

@@ -1,0 +1,74 @@
+"""bytedance/ibot trains with the documented diff, on CPU in one gloo process, through its own `train_ibot`."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from upstream.checkouts import Training, check_equations, check_power, check_same_training
+
+pytestmark = pytest.mark.slow
+FROZEN, FREE = ["--norm_last_layer", "true"], ["--norm_last_layer", "false"]
+# AdamW turns a gradient that is rounding noise into a step of full length.
+SGD = ["--optimizer", "sgd", "--lr", "1"]
+RESUME = ["--load_from", "checkpoint.pth"]
+HEADS = {
+    "default": [],  # the teacher's head is shared, the student's is not
+    "both shared": ["--shared_head", "true"],
+    "none shared": ["--shared_head_teacher", "false", "--patch_out_dim", "40"],
+}
+CENTERS = ["log_center", "log_center2"]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    return Training("ibot", "bytedance/ibot", "train_ibot.py", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def trained(train: Training) -> dict[str, Any]:
+    return train(FREE, norms=True, compare=True)
+
+
+@pytest.fixture(scope="module")
+def original(train: Training) -> dict[str, Any]:
+    return train([*FROZEN, *SGD], diff=False)
+
+
+def test_at_norm_one_with_logit_centring_training_is_the_original_one(train, original):
+    """Four steps over two epochs with iBOT's masks, optimiser groups, clipping, frozen last layers and EMA."""
+    got = train([*FROZEN, *SGD], loss={"centering": "logit"}, start_of=original["file"])
+    check_same_training(got, original)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_loss_and_gradients_are_those_of_the_equations(train, trained, heads):
+    """Both objectives in float64 with norms from 0.4 to 4, at their own teacher temperatures, with every sharing."""
+    result = train([*FREE, *heads], norms=True, compare=True) if heads else trained
+    check_equations(result, CENTERS)
+    check_power(result)
+    assert "head.last_layer.weight_g" in result["groups"][0], "iBOT decays the norms"
+
+
+def test_a_teacher_left_at_the_students_temperature_is_noticed(train):
+    result = train(FREE, norms=True, compare=True, leave_temperature=True)
+    with pytest.raises(AssertionError, match="'loss':"):
+        check_equations(result, CENTERS)
+
+
+def test_save_and_restore(train, trained, tmp_path):
+    """Stopped after one epoch and resumed, every number is that of the run that was not stopped."""
+    first = train(FREE, folder=tmp_path, norms=True, stop_at=1)
+    second = train([*FREE, *RESUME], folder=tmp_path)
+    assert torch.equal(torch.stack(first["losses"] + second["losses"]), torch.stack(trained["losses"]))
+    for part in ("student", "teacher", "state_of_loss"):
+        torch.testing.assert_close(second[part], trained[part], rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_plain_ibot_goes_on_as_ibot_vmf(train, original, tmp_path):
+    """At the first step the loss is what plain iBOT would have had; then the norms begin to move."""
+    train([*FROZEN, *SGD], diff=False, folder=tmp_path, stop_at=1)
+    continued = train([*FREE, *SGD, *RESUME], folder=tmp_path)
+    torch.testing.assert_close(continued["losses"][0], original["losses"][2], rtol=1e-5, atol=0)
+    assert list(continued["state_of_loss"]) == CENTERS
+    assert not continued["student"]["head.last_layer2.weight_g"].eq(1).all()

@@ -1,0 +1,34 @@
+"""lightly-ai/lightly: its examples/pytorch/dino.py with the documented diff, on CPU without torchvision."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from upstream.checkouts import Training, check_equations, check_power, check_same_training
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    return Training("lightly", "lightly-ai/lightly", "train_lightly.py", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def original(train: Training) -> dict[str, Any]:
+    return train([], diff=False, unit=True)
+
+
+def test_at_norm_one_with_logit_centring_training_is_the_original_one(train, original):
+    """Four steps over two epochs: lightly's EMA, gradient cancelling, temperature warm-up and, here, SGD."""
+    got = train([], unit=True, centering="logit", start_of=str(original["file"]))
+    check_same_training(got, original)
+
+
+def test_loss_and_gradients_are_those_of_the_equations(train):
+    """Eq. 6, 7 and 9 in float64 with norms from 0.4 to 4, at both teacher temperatures, under the example's Adam."""
+    result = train([], norms=True, compare=True)
+    check_equations(result, ["log_center"])
+    check_power(result)
+    assert not torch.equal(result["student"]["student_head.last_layer.weight_g"], torch.linspace(0.4, 4, 2048)[:, None])
