@@ -194,3 +194,10 @@ def test_deepcopy():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(ProbabilityCentering(K))
+
+
+def test_a_state_without_the_centre_leaves_a_pending_one():
+    centering = ProbabilityCentering(3)
+    centering.load_state_dict({"center": torch.ones(1, 3)})
+    centering.load_state_dict({}, strict=False)
+    assert centering.logit_center is not None

@@ -1,10 +1,14 @@
 """compat.dino: attach, the guards against silent mistakes, and checkpoints of the loss."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
 from dino_models import BATCH, NCROPS, K, Model, crops, dino_loss, models
+from vmf_heads import set_temperature
 from vmf_heads.compat.dino import DINOHead, DINOLoss
 
 WRAPPERS = {
@@ -77,8 +81,39 @@ def test_attach_refuses(student, teacher, message):
 
 def test_a_head_cannot_be_student_and_teacher():
     student, _ = models()
-    with pytest.raises(RuntimeError, match="already serves a loss as 'logits' and cannot serve another as 'scores'"):
+    with pytest.raises(ValueError, match="must have a head each: theirs is the same object"):
         dino_loss().attach(student, student)
+
+
+def test_attach_fails_before_it_changes_anything():
+    student, teacher = models()
+    teacher.head.attach_output("features")
+    with pytest.raises(RuntimeError, match="already serves a loss as 'features' and cannot serve another as 'scores'"):
+        dino_loss().attach(student, teacher)
+    assert student.head._attached_output is None
+
+
+def test_the_loss_keeps_its_temperature():
+    student, teacher = models()
+    loss = dino_loss()
+    loss.attach(student, teacher)
+    set_temperature(student, 0.04)
+    x = crops()
+    with pytest.raises(RuntimeError, match=r"`temperature` of the student's head \(=0.04\) must stay"):
+        loss(student(x), teacher(x[: 2 * BATCH]), 0)
+
+
+def test_a_compiled_head_copies_its_own_weights():
+    student, _ = models()
+    head = student.head
+    head.compile(backend="eager")
+    copied = copy.deepcopy(head)
+    with torch.no_grad():
+        copied.last_layer.weight_g.mul_(3)
+    x = torch.randn(2, 16)
+    torch.testing.assert_close(copied(x), copied.forward(x))
+    assert not torch.equal(copied(x), head(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(head))(x), head(x))
 
 
 def test_frozen_norms_of_the_student_warn():

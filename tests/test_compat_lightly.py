@@ -247,7 +247,7 @@ def test_losses_that_share_a_head_must_agree():
     attached(student, teacher)
     with pytest.raises(RuntimeError, match=r"`student_temp` \(=0.2\) must be 0.1, which another loss"):
         attached(student, teacher, student_temp=0.2)
-    with pytest.raises(RuntimeError, match="already serves a loss as 'logits' and cannot serve another as 'scores'"):
+    with pytest.raises(ValueError, match="must have a head each: theirs is the same object"):
         attached(student, student)
 
 

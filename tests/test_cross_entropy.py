@@ -229,3 +229,16 @@ def test_compiles_without_a_graph_break(same_position: bool) -> None:
     expected = reference(arguments)[0]
     torch.testing.assert_close(compiled, expected)
     torch.testing.assert_close(gradients(compiled, arguments), gradients(expected, arguments))
+
+
+def test_per_row_backward_does_not_see_autocast():
+    torch.manual_seed(0)
+    y = torch.nn.functional.normalize(torch.randn(6, 8), dim=1).requires_grad_()
+    w = torch.randn(30, 8)
+    loss, _, _ = prototype_cross_entropy(
+        y, w, y.detach(), w, student_temperature=0.1, teacher_temperature=0.05, reduction="none"
+    )
+    (plain,) = torch.autograd.grad(loss.sum(), y, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (under_autocast,) = torch.autograd.grad(loss.sum(), y)
+    torch.testing.assert_close(under_autocast, plain, rtol=0, atol=0)

@@ -78,3 +78,8 @@ def test_print_shows_what_matters():
     text = repr(small_head(temperature=0.04))
     assert "normalizer='vmf', temperature=0.04" in text
     assert "dim=8, num_prototypes=20" in text
+
+
+def test_a_temperature_that_is_no_number():
+    with pytest.raises(TypeError, match=r"`temperature` \(='0.1'\) must be a finite number > 0"):
+        VMFPrototypeHead(16, 32, temperature="0.1")

@@ -6,6 +6,7 @@ from torch import nn
 
 from devices import DEVICES
 from dino_original import OriginalHead
+from vmf_heads._matmul import mm_float32
 from vmf_heads._prototypes import Prototypes, _HalfScores, prototype_log_normalizer
 from vmf_heads.special import vmf_mean_resultant
 
@@ -138,3 +139,20 @@ def test_half_precision_parameters_give_float32_scores(dtype):
     exact = direction / direction.norm(dim=1, keepdim=True) * half.weight_g.double()
     assert scores.dtype == half.norms.dtype == half.weight.dtype == torch.float32
     torch.testing.assert_close(scores, (features.to(dtype).double() @ exact.t()).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_products_stay_float32_under_autocast(dtype):
+    a, b = torch.randn(3, 4).to(dtype), torch.randn(4, 5).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        product = mm_float32(a, b)
+    assert product.dtype == torch.float32
+    torch.testing.assert_close(product, a.float() @ b.float())
+
+
+def test_a_plain_weight_keeps_its_norms_and_may_hold_a_zero_row():
+    weight = torch.randn(5, 8, dtype=torch.bfloat16)
+    weight[2] = 0
+    prototypes = Prototypes(8, 5)
+    prototypes.load_state_dict({"weight": weight})
+    torch.testing.assert_close(prototypes.weight, weight.float())

@@ -87,9 +87,9 @@ def test_meta_tensors_have_shape_and_dtype(function, fused):
 @pytest.mark.parametrize(
     ("kappa", "p", "error", "message"),
     [
-        (torch.ones(2, dtype=torch.int64), 256, TypeError, r"`kappa` \(of torch.int64\) must be a floating-point"),
+        (torch.ones(2, dtype=torch.int64), 256, TypeError, r"`kappa` \(of torch.int64\) must be a tensor of float16"),
         (torch.ones(2, dtype=torch.complex64), 256, TypeError, r"`kappa` \(of torch.complex64\)"),
-        (1.0, 256, TypeError, r"`kappa` \(of float\) must be a floating-point tensor"),
+        (1.0, 256, TypeError, r"`kappa` \(of float\) must be a tensor of float16"),
         (torch.ones(2), 1, ValueError, r"`p` \(=1\) must be an integer >= 2"),
         (torch.ones(2), -3, ValueError, r"`p` \(=-3\) must be an integer >= 2"),
         (torch.ones(2), 256.0, TypeError, r"`p` \(=256.0\) must be an integer >= 2"),

@@ -20,7 +20,11 @@ def at_least(name: str, value: int, minimum: int) -> int:
 
 def positive(name: str, value: float) -> float:
     """`value`, or an error unless it is a finite number > 0."""
-    if not 0 < value < math.inf:
+    try:
+        valid = 0 < value < math.inf
+    except TypeError:
+        raise TypeError(f"`{name}` (={value!r}) must be a finite number > 0") from None
+    if not valid:
         raise ValueError(f"`{name}` (={value}) must be a finite number > 0")
     return value
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ._matmul import mm_float32
+from ._matmul import mm_float32, without_autocast
 
 # The logits of one chunk take at most so many bytes: enough rows to use the prototypes often each time they are read.
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
@@ -65,14 +65,13 @@ class ChunkedCrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.distillation.per_row:
-            # Spares a second (K, p) gradient, where the question itself is free: not on a GPU, not while tracing.
-            unscaled = grad.device.type == "cpu" and not torch.compiler.is_compiling() and grad.item() == 1
-            return *(g if g is None or unscaled else g * grad for g in ctx.saved_tensors), None, None
+            return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None
         y, w, b = ctx.saved_tensors
         d = ctx.distillation
         shape = (len(y), 1) if d.targets is None else d.targets.shape
         weights = grad[:, None].expand(shape) if d.weights is None else d.weights * grad[:, None]
-        _, _, gradients = _finish(y, w, b, replace(d, weights=weights), ctx.wanted)
+        with without_autocast(y.device):  # as in the forward pass
+            _, _, gradients = _finish(y, w, b, replace(d, weights=weights), ctx.wanted)
         return *gradients, None, None
 
 

@@ -15,5 +15,8 @@ def all_reduce_sum_(tensor: Tensor, process_group: dist.ProcessGroup | None = No
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether `tensor` is a DTensor, as FSDP2 makes of parameters. (Its import path moved between torch versions.)"""
-    return hasattr(tensor, "placements")
+    """Whether `tensor` is a DTensor, as FSDP2 makes of parameters, or a part of FSDP1's flat ones.
+
+    By attribute: the import path of DTensor moved between torch versions.
+    """
+    return hasattr(tensor, "placements") or hasattr(tensor, "_fsdp_flattened")

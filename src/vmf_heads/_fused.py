@@ -36,6 +36,8 @@ def evaluate(function: Pointwise, kappa: Tensor, p: int, fused: bool | None) -> 
         # Contiguous, flat and no view (torch.compile guards on strides and on the base of a view; `.data` has none), so
         # that one compiled kernel with a symbolic length serves every input.
         return _kernel(function, p, kappa.dtype)(kappa.reshape(-1).contiguous().data).reshape(kappa.shape)
+    except torch.cuda.OutOfMemoryError:
+        raise  # says nothing about the compiler
     except Exception as error:
         if fused:
             raise RuntimeError(

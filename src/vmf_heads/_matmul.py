@@ -13,11 +13,10 @@ _MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split("+")[0].
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two half-precision (or float32) matrices, in float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda and _MM_HAS_OUT_DTYPE:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    with without_autocast(a.device):  # which would round the result again
+        if a.is_cuda and _MM_HAS_OUT_DTYPE and a.dtype != torch.float32:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

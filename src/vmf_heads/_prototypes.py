@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ._matmul import at_least_float32, autocast_dtype, mm_float32, without_autocast
@@ -61,9 +62,11 @@ class Prototypes(nn.Module):
             if old in state_dict:
                 state_dict[prefix + new] = state_dict.pop(old)
         if prefix + "weight" in state_dict:
-            weight = state_dict.pop(prefix + "weight")
-            state_dict[prefix + "weight_v"] = weight
-            state_dict[prefix + "weight_g"] = weight.norm(dim=1, keepdim=True)
+            weight = at_least_float32(state_dict.pop(prefix + "weight"))
+            norm = weight.norm(dim=1, keepdim=True)
+            state_dict[prefix + "weight_g"] = norm
+            # A prototype that is 0 needs some direction: 0 / 0 would make every output NaN.
+            state_dict[prefix + "weight_v"] = torch.where(norm > 0, weight, 1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -73,8 +76,9 @@ def prototype_log_normalizer(norms: Tensor, p: int, temperature: float) -> Tenso
     The constant does not change a softmax over k; with it, a head whose prototypes all have norm 1 is DINO's own.
     """
     with without_autocast(norms.device):
-        unit = log_vmf_normalizer(torch.ones_like(norms[:1]) / temperature, p, relative=True)
-        return log_vmf_normalizer(norms / temperature, p, relative=True) - unit
+        with_unit = F.pad(norms, (0, 1), value=1.0)  # one call: the same kernel rounds both, and they cancel exactly
+        log_c = log_vmf_normalizer(with_unit / temperature, p, relative=True)
+        return log_c[:-1] - log_c[-1]
 
 
 class _HalfScores(Function):
@@ -87,6 +91,7 @@ class _HalfScores(Function):
         return mm_float32(y.reshape(-1, y.shape[-1]), w.t()).view(*y.shape[:-1], w.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         y, w = ctx.saved_tensors
         g = grad.to(y.dtype).reshape(-1, w.shape[0])

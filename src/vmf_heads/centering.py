@@ -180,6 +180,8 @@ class ProbabilityCentering(nn.Module):
             state_dict[prefix + "logit_center"] = state_dict.pop(prefix + "center").flatten()
             state_dict[prefix + "log_center"] = self.log_center
         # Exists as a buffer only while a conversion is pending; such a state can be saved and loaded, too.
-        pending = state_dict.get(prefix + "logit_center")
-        self.logit_center = None if pending is None else torch.zeros_like(self.log_center)
+        if prefix + "logit_center" in state_dict:
+            self.logit_center = torch.zeros_like(self.log_center)
+        elif prefix + "log_center" in state_dict:
+            self.logit_center = None
         super()._load_from_state_dict(state_dict, prefix, *args)

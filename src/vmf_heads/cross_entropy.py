@@ -57,7 +57,7 @@ def prototype_cross_entropy(
         center_on: what log_sum averages: "scores" (softmax of raw, as Eq. 9 is printed) or "responsibilities" (with
             `teacher_log_normalizer` inside).
         reduction: "sum", or "none" for the (Ns,) losses of the student rows (their backward computes everything again).
-        chunk_rows: rows of logits that exist at a time; None chooses from a memory budget.
+        chunk_rows: rows of logits that exist at a time, all buffers together; None chooses from a memory budget.
 
     Returns:
         (loss, log_sum, rows): the loss in float32, and the teacher's statistics for `ProbabilityCentering.accumulate_`:
@@ -87,6 +87,11 @@ def prototype_cross_entropy(
     positive("student_temperature", student_temperature)
     positive("teacher_temperature", teacher_temperature)
     _check_shapes(student_features, student_prototypes, teacher_features, teacher_prototypes, targets, weights)
+    dtypes = {
+        at_least_float32(x).dtype for x in (student_features, student_prototypes, teacher_features, teacher_prototypes)
+    }
+    if len(dtypes) > 1:
+        raise TypeError(f"features and prototypes (of {dtypes}) must all be float64, or none of them")
     for name, per_prototype in (
         ("student_log_normalizer", student_log_normalizer),
         ("teacher_log_normalizer", teacher_log_normalizer),

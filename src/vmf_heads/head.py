@@ -169,7 +169,8 @@ class VMFPrototypeHead(nn.Module):
         return f"normalizer={self.normalizer!r}, temperature={self.temperature}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_attached_output": None, "last_prototype_norms": None}
+        # super(): leaves out what `module.compile()` made, which from a copy would go on calling the original.
+        return super().__getstate__() | {"_attached_output": None, "last_prototype_norms": None}
 
     def _features(self, x: Tensor) -> Tensor:
         y = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1]) if x.dim() > 2 else self.mlp(x)

@@ -25,6 +25,8 @@ from ._checks import at_least
 from ._expansion import curvature, mean_resultant, relative_log_normalizer
 from ._fused import evaluate
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 __all__ = ["log_vmf_normalizer", "vmf_mean_resultant"]
 
 
@@ -194,9 +196,9 @@ def _log_normalizer_at_zero(p: int) -> float:
 
 
 def _prepare(kappa: Tensor, p: int) -> tuple[Tensor, int]:
-    if not isinstance(kappa, Tensor) or not kappa.is_floating_point():
-        got = kappa.dtype if isinstance(kappa, Tensor) else type(kappa).__name__
-        raise TypeError(f"`kappa` (of {got}) must be a floating-point tensor")
+    got = kappa.dtype if isinstance(kappa, Tensor) else type(kappa).__name__
+    if got not in _DTYPES:
+        raise TypeError(f"`kappa` (of {got}) must be a tensor of float16, bfloat16, float32 or float64")
     p = at_least("p", p, 2)  # also makes it a constant, not a symbol, where torch.compile traces
     return (kappa.float() if kappa.dtype in (torch.float16, torch.bfloat16) else kappa), p
 

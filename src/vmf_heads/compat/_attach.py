@@ -24,11 +24,44 @@ def find_head(model: nn.Module, name: str) -> VMFPrototypeHead:
     return next(iter(heads.values()))
 
 
+def attach_heads(
+    student: VMFPrototypeHead,
+    teacher: VMFPrototypeHead,
+    *,
+    outputs: tuple[str, str],
+    num_prototypes: int,
+    student_temp: float,
+) -> None:
+    """Make the two heads return `outputs` and the student's use `student_temp`, after everything has been checked.
+
+    Raises ValueError unless they are two heads of a kind with `num_prototypes` prototypes, RuntimeError if one already
+    serves another loss in another way.
+    """
+    if student is teacher:
+        raise ValueError("`student` and `teacher` must have a head each: theirs is the same object")
+    for name, expected in (("normalizer", student.normalizer), ("num_prototypes", num_prototypes)):
+        for whose, found in (("student", getattr(student, name)), ("teacher", getattr(teacher, name))):
+            if found != expected:
+                owner = "the student's" if name == "normalizer" else "the loss's"
+                raise ValueError(f"`{name}` of the {whose}'s head (={found!r}) must be {owner} (={expected!r})")
+    if student._attached_output is not None and student.temperature != student_temp:
+        raise RuntimeError(
+            f"`student_temp` (={student_temp}) must be {student.temperature}, which another loss "
+            "attached to the same head uses; call `head.release()` when that loss is no longer used"
+        )
+    for head, output in zip((student, teacher), outputs, strict=True):
+        if head._attached_output not in (None, output):
+            head.attach_output(output)  # raises, before either head has been changed
+    for head, output in zip((student, teacher), outputs, strict=True):
+        head.attach_output(output)
+    student.temperature = student_temp
+
+
 def warn_if_norms_are_frozen(head: VMFPrototypeHead) -> None:
     """DINO's default `norm_last_layer=True` freezes kappa, and the vMF normalisation then does nothing."""
     if head.normalizer == "vmf" and not head.last_layer.weight_g.requires_grad:
         warnings.warn(
-            "the student's prototype norms are frozen (norm_last_layer=True): every kappa is 1/temperature and the vMF "
+            "the student's prototype norms are frozen (norm_last_layer=True): no kappa can change and the vMF "
             "normalisation does nothing. Build the head with norm_last_layer=False (`--norm_last_layer false` in DINO)",
             UserWarning,
             stacklevel=3,

@@ -11,7 +11,7 @@ from .._checks import at_least, one_of, positive
 from .._matmul import at_least_float32
 from ..centering import ProbabilityCentering
 from ..head import VMFPrototypeHead
-from ._attach import find_head, warn_if_norms_are_frozen
+from ._attach import attach_heads, find_head, warn_if_norms_are_frozen
 from ._teacher import CENTERING, LogitSum, offset_at, rename_keys_
 
 if TYPE_CHECKING:
@@ -71,20 +71,14 @@ class CentredLoss(nn.Module):
         """
         student_head = find_head(_submodule(student, "student", head), "student")
         teacher_head = find_head(_submodule(teacher, "teacher", head), "teacher")
-        for name, expected in (("normalizer", student_head.normalizer), ("num_prototypes", self.num_prototypes)):
-            for whose, found in (("student", getattr(student_head, name)), ("teacher", getattr(teacher_head, name))):
-                if found != expected:
-                    owner = "the student's" if name == "normalizer" else "the loss's"
-                    raise ValueError(f"`{name}` of the {whose}'s head (={found!r}) must be {owner} (={expected!r})")
-        if student_head._attached_output is not None and student_head.temperature != self.student_temp:
-            raise RuntimeError(
-                f"`student_temp` (={self.student_temp}) must be {student_head.temperature}, which another loss "
-                "attached to the same head uses; call `head.release()` when that loss is no longer used"
-            )
+        attach_heads(
+            student_head,
+            teacher_head,
+            outputs=("logits", "scores"),
+            num_prototypes=self.num_prototypes,
+            student_temp=self.student_temp,
+        )
         warn_if_norms_are_frozen(student_head)
-        student_head.attach_output("logits")
-        teacher_head.attach_output("scores")
-        student_head.temperature = self.student_temp
         self._heads = (student_head, teacher_head)
 
     @torch.no_grad()
@@ -134,7 +128,7 @@ class CentredLoss(nn.Module):
             raise ValueError(f"`{name}` (of shape {tuple(tensor.shape)}) must be (..., {self.num_prototypes})")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_heads": None}  # a copy is not attached and does not carry the models along
+        return super().__getstate__() | {"_heads": None}  # a copy is not attached and does not carry the models along
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The state of the original loss, with `log_center` in place of `center` for probability centring."""

@@ -64,7 +64,9 @@ def update_logit_center_(
     """One step of Eq. 8 from the sum of the teacher's logits (K,) over `rows` rows, over all ranks."""
     total = torch.cat([logit_sum, logit_sum.new_full((1,), rows)])
     all_reduce_sum_(total, process_group)
-    center.lerp_((total[:-1] / total[-1]).view_as(center), 1 - momentum)
+    mean = (total[:-1] / total[-1]).view_as(center)
+    # torch.where instead of a branch: whether any rank had rows is known on the device only.
+    center.copy_(torch.where(total[-1] > 0, center.lerp(mean, 1 - momentum), center))
 
 
 class LogitSum:
@@ -80,9 +82,9 @@ class LogitSum:
         self.rows += rows
 
     def commit_(self, center: Tensor, momentum: float, process_group: ProcessGroup | None) -> None:
-        """One step of `center` from all that was accumulated, over all ranks."""
-        assert self.logit_sum is not None
-        update_logit_center_(center, self.logit_sum, self.rows, momentum, process_group)
+        """One step of `center` from all that was accumulated, over all ranks; each of them must call it."""
+        logit_sum = center.new_zeros(center.numel()) if self.logit_sum is None else self.logit_sum
+        update_logit_center_(center, logit_sum, self.rows, momentum, process_group)
         self.logit_sum, self.rows = None, 0
 
 

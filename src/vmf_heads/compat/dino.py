@@ -15,17 +15,18 @@ The change to main_dino.py, to be run with `--norm_last_layer false`::
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import at_least, one_of, positive
-from .._matmul import at_least_float32
+from .._matmul import at_least_float32, without_autocast
 from ..centering import ProbabilityCentering
 from ..cross_entropy import dino_pairs, prototype_cross_entropy
 from ..head import HeadOutput, VMFPrototypeHead
-from ._attach import find_head, fused_output, warn_if_norms_are_frozen
+from ._attach import attach_heads, find_head, fused_output, warn_if_norms_are_frozen
 from ._teacher import (
     CENTERING,
     LogitSum,
@@ -118,6 +119,7 @@ class DINOLoss(nn.Module):
         super().__init__()
         if not 0 <= center_momentum <= 1:
             raise ValueError(f"`center_momentum` (={center_momentum}) must be in [0, 1]")
+        self.num_prototypes = at_least("out_dim", out_dim, 1)
         self.ncrops = at_least("ncrops", ncrops, 2)
         self.student_temp = positive("student_temp", student_temp)
         self.center_momentum = center_momentum
@@ -144,19 +146,21 @@ class DINOLoss(nn.Module):
         return features, or a `HeadOutput` under FSDP2 and DDP(find_unused_parameters=True). Calling it again with the
         same models does nothing.
 
-        Raises ValueError unless each holds exactly one head and both are of a kind, RuntimeError if a head already
-        serves another loss in another way; warns if the student's prototype norms are frozen.
+        Raises ValueError unless each holds exactly one head and both are of a kind with `out_dim` prototypes,
+        RuntimeError if a head already serves another loss in another way; warns if the student's norms are frozen.
         """
         student_head, teacher_head = find_head(student, "student"), find_head(teacher, "teacher")
-        if student_head.normalizer != teacher_head.normalizer:
-            raise ValueError(
-                f"`normalizer` of the teacher's head (={teacher_head.normalizer!r}) must be that of the student's "
-                f"(={student_head.normalizer!r})"
-            )
+        outputs = ("logits", "scores")
+        if self.fused:
+            outputs = (fused_output(student, student_head), fused_output(teacher, teacher_head))
+        attach_heads(
+            student_head,
+            teacher_head,
+            outputs=outputs,
+            num_prototypes=self.num_prototypes,
+            student_temp=self.student_temp,
+        )
         warn_if_norms_are_frozen(student_head)
-        student_head.attach_output(fused_output(student, student_head) if self.fused else "logits")
-        teacher_head.attach_output(fused_output(teacher, teacher_head) if self.fused else "scores")
-        student_head.temperature = self.student_temp
         self._heads = (student_head, teacher_head)
 
     def forward(
@@ -180,6 +184,12 @@ class DINOLoss(nn.Module):
             )
         if self.fused:
             return self._fused_forward(student_output, teacher_output, epoch, commit)
+        student_temp = self._attached()[0].temperature
+        if student_temp != self.student_temp:
+            raise RuntimeError(
+                f"`temperature` of the student's head (={student_temp}) must stay the loss's `student_temp` "
+                f"(={self.student_temp}) after `attach`: the loss divides by it"
+            )
         targets = self.targets(teacher_output, epoch).chunk(2)
         logits = at_least_float32(_rows(student_output)) / self.student_temp
         total = logits.new_zeros(())
@@ -221,20 +231,22 @@ class DINOLoss(nn.Module):
             teacher = _head_output(teacher_output, teacher_head)
         temperature, bias = self._teacher(teacher_output, epoch)
         targets, weights = dino_pairs(len(teacher.features) // 2, self.ncrops, device=student.features.device)
-        loss, log_sum, rows = prototype_cross_entropy(
-            student.features,
-            student.prototypes,
-            teacher.features,
-            teacher.prototypes,
-            student_temperature=self.student_temp,
-            teacher_temperature=temperature,
-            student_log_normalizer=student_head.log_normalizer(self.student_temp, student.norms),
-            teacher_log_normalizer=bias,
-            log_center=self._log_center(temperature),
-            targets=targets,
-            weights=weights,
-            center_on="scores" if self.centering is None else self.centering.center_on,
-        )
+        device = student.features.device
+        with nullcontext() if student_head.logits_dtype is None else without_autocast(device):
+            loss, log_sum, rows = prototype_cross_entropy(
+                student.features,
+                student.prototypes,
+                teacher.features,
+                teacher.prototypes,
+                student_temperature=self.student_temp,
+                teacher_temperature=temperature,
+                student_log_normalizer=student_head.log_normalizer(self.student_temp, student.norms),
+                teacher_log_normalizer=bias,
+                log_center=self._log_center(temperature),
+                targets=targets,
+                weights=weights,
+                center_on="scores" if self.centering is None else self.centering.center_on,
+            )
         if self.centering is not None:
             self.centering.accumulate_(log_sum, rows)
         else:  # Eq. 8 averages logits, which are linear in the features
@@ -282,7 +294,7 @@ class DINOLoss(nn.Module):
         return self._heads
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_heads": None}  # a copy is not attached and does not carry the models along
+        return super().__getstate__() | {"_heads": None}  # a copy is not attached and does not carry the models along
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The state of DINO's loss, with `log_center` in place of `center` where centring is in probability space."""

@@ -344,7 +344,7 @@ class iBOTLoss(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_heads": None}  # a copy is not attached and does not carry the models along
+        return super().__getstate__() | {"_heads": None}  # a copy is not attached and does not carry the models along
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The state of iBOT's loss, with `log_center` and `log_center2` in place of `center` and `center2` where
