@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cross_entropy_problems import GRADIENTS, SHAPES, gradients, problem, reference
@@ -242,3 +243,19 @@ def test_per_row_backward_does_not_see_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         (under_autocast,) = torch.autograd.grad(loss.sum(), y)
     torch.testing.assert_close(under_autocast, plain, rtol=0, atol=0)
+
+
+def test_batched_and_fake_gradients():
+    y, w = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.05}
+        return prototype_cross_entropy(y, w, y.detach(), w.detach(), **temperatures)[0]
+
+    (single,) = torch.autograd.grad(loss(), y)
+    (batched,) = torch.autograd.grad(loss(), y, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([single, 2 * single]))
+    with FakeTensorMode():
+        y, w = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+        loss().backward()
+        assert w.grad.shape == (9, 8)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ._fused import is_plain_eager
 from ._matmul import mm_float32, without_autocast
 
 # The logits of one chunk take at most so many bytes: enough rows to use the prototypes often each time they are read.
@@ -65,7 +66,8 @@ class ChunkedCrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.distillation.per_row:
-            return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None
+            unscaled = _is_known_to_be_one(grad)  # spares a second (K, p) gradient
+            return *(g if g is None or unscaled else g * grad for g in ctx.saved_tensors), None, None
         y, w, b = ctx.saved_tensors
         d = ctx.distillation
         shape = (len(y), 1) if d.targets is None else d.targets.shape
@@ -73,6 +75,16 @@ class ChunkedCrossEntropy(Function):
         with without_autocast(y.device):  # as in the forward pass
             _, _, gradients = _finish(y, w, b, replace(d, weights=weights), ctx.wanted)
         return *gradients, None, None
+
+
+def _is_known_to_be_one(grad: Tensor) -> bool:
+    """Whether the scalar `grad` is 1, where the question is free: not on a GPU, not under a transform."""
+    if grad.device.type != "cpu" or not is_plain_eager(grad):
+        return False
+    try:
+        return grad.item() == 1
+    except RuntimeError:  # gradients batched by torch.autograd.grad(is_grads_batched=True) have no value to tell
+        return False
 
 
 class _Accumulator:

@@ -30,7 +30,8 @@ def evaluate(function: Pointwise, kappa: Tensor, p: int, fused: bool | None) -> 
     """
     global _warned
     wanted = kappa.is_cuda if fused is None else fused
-    if not wanted or not _is_plain_eager(kappa) or (fused is None and _warned):
+    wanted = wanted and kappa.numel() > 1  # lengths 0 and 1 are specialised by torch.compile: a kernel each
+    if not wanted or not is_plain_eager(kappa) or (fused is None and _warned):
         return function(kappa, p)
     try:
         # Contiguous, flat and no view (torch.compile guards on strides and on the base of a view; `.data` has none), so
@@ -55,16 +56,15 @@ def evaluate(function: Pointwise, kappa: Tensor, p: int, fused: bool | None) -> 
         return function(kappa, p)
 
 
-def _is_plain_eager(kappa: Tensor) -> bool:
-    """Whether nothing traces, transforms or replaces the operations on `kappa`, and there is enough to compile for."""
+def is_plain_eager(tensor: Tensor) -> bool:
+    """Whether nothing traces, transforms or replaces the operations on `tensor`."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
         and _get_current_dispatch_mode() is None
-        and type(kappa) in (Tensor, torch.nn.Parameter)
-        and not kappa.is_meta
-        and kappa.numel() > 1  # lengths 0 and 1 are specialised by torch.compile: a kernel each
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not tensor.is_meta
     )
 
 
