@@ -56,7 +56,7 @@ class VMFPrototypeHead(nn.Module):
         output: "logits" as above (..., K); "scores" the raw <w, y> (..., K), for losses that own the temperature, with
             the norms in `last_prototype_norms`; "features" the unit vectors y (..., p); "prototypes" a `HeadOutput`.
         logits_dtype: torch.float32 keeps the product with the prototypes exact under CUDA autocast, which by default
-            rounds its operands to the autocast dtype (0.17 nats at ||w|| = 10, tau = 0.04 in bfloat16). The result is
+            rounds its operands to the autocast dtype (an error that grows with ||w|| / tau). The result is
             float32 either way.
 
     Shape: input (..., in_dim), output as above, in float32 (float64 for a float64 head).
