@@ -1,4 +1,4 @@
-"""The images: photographs from the scikit-image wheel, the digits of scikit-learn, or a folder of class folders."""
+"""The images: photographs from the scikit-image wheel, digits of scikit-learn, a folder of class folders, hub sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-NAMES = ("photos", "digits", "folder")
+from hub import load_hub
+
+NAMES = ("photos", "digits", "folder", "hub")
 SPLITS = ("train", "val", "test")
 
 CELL = 32
@@ -71,9 +73,11 @@ def load_images(name: str, split: str, *, data: Path | None = None) -> Images:
       the docstrings of `skimage.data`, e.g. `help(skimage.data.astronaut)`.
     - `"digits"`: scikit-learn's 1797 handwritten digits, enlarged from 8 to 32 px; 60/20/20 per cent, stratified.
     - `"folder"`: the images in `data`/SPLIT/CLASS/, or in `data`/CLASS/ where everything is the train split.
+    - `"hub"`: the set that `datasets.load_dataset` opens under the name `data`, e.g. uoft-cs/cifar10, or a local folder
+      of parquet files; its validation split is our val.
 
     Raises:
-        ValueError: `name` or `split` is unknown, or `data` is missing for a folder or given for another set.
+        ValueError: `name` or `split` is unknown, or `data` is missing for a folder or hub set or given for another.
         FileNotFoundError: the folder holds no images in the expected tree.
     """
     if name not in NAMES:
@@ -84,8 +88,13 @@ def load_images(name: str, split: str, *, data: Path | None = None) -> Images:
         if data is None:
             raise ValueError(f"`data` (=None) must be the path of a folder of images: {TREE}")
         return _folder(split, Path(data))
+    if name == "hub":
+        if data is None:
+            raise ValueError("`data` (=None) must be the name of an image set of the hub, e.g. uoft-cs/cifar10")
+        items, labels, classes = load_hub(str(data), split)
+        return Images("hub", split, classes, labels, items)
     if data is not None:
-        raise ValueError(f"`data` (={str(data)!r}) is only for the data set 'folder', not for {name!r}")
+        raise ValueError(f"`data` (={str(data)!r}) is only for the data sets 'folder' and 'hub', not for {name!r}")
     return _photos(split) if name == "photos" else _digits(split)
 
 

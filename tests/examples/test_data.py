@@ -113,13 +113,13 @@ def test_folder_of_classes_is_the_train_split(tmp_path):
 
 
 def test_bad_names():
-    with pytest.raises(ValueError, match=r"`name` \(='imagenet'\) must be one of photos, digits, folder"):
+    with pytest.raises(ValueError, match=r"`name` \(='imagenet'\) must be one of photos, digits, folder, hub"):
         load_images("imagenet", "train")
     with pytest.raises(ValueError, match=r"`split` \(='valid'\) must be one of train, val, test"):
         load_images("photos", "valid")
     with pytest.raises(ValueError, match=r"`data` \(=None\) must be the path of a folder"):
         load_images("folder", "train")
-    with pytest.raises(ValueError, match=r"`data` \(='x'\) is only for the data set 'folder', not for 'photos'"):
+    with pytest.raises(ValueError, match=r"`data` \(='x'\) is only for the data sets 'folder' and 'hub', not"):
         load_images("photos", "train", data="x")
 
 

@@ -1,0 +1,49 @@
+"""The processes that torchrun starts: who am I, on which device, and how many of us are there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes of torchrun, over NCCL on GPUs and over gloo otherwise; alone, do nothing."""
+    if "RANK" not in os.environ or dist.is_initialized():  # started without torchrun, or called inside another block
+        yield
+        return
+    where = device()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    # A backend per kind of device: what is gathered on the CPU (results, checkpoints) needs gloo beside NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def rank() -> int:
+    """Number of this process, 0 to `world_size() - 1`."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return rank() == 0
