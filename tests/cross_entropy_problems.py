@@ -11,17 +11,25 @@ from vmf_heads.cross_entropy import prototype_cross_entropy_reference
 # (student rows, teacher rows, prototypes K, dimension p, targets per row M): primes and ones on purpose
 SHAPES = [(1, 1, 2, 2, 1), (7, 5, 13, 3, 2), (31, 11, 101, 17, 3), (6, 2, 5, 4, 1)]
 GRADIENTS = ("student_features", "student_prototypes", "student_log_normalizer")
+SCALED_GRADIENTS = (*GRADIENTS, "student_scale")
 
 
 def problem(
-    shape: tuple[int, int, int, int, int], *, dtype: torch.dtype = torch.float64, device: str = "cpu"
+    shape: tuple[int, int, int, int, int],
+    *,
+    scales: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Arguments with uneven norms, rows without a target and zero weights; temperatures as in DINO."""
+    """Arguments with uneven norms, rows without a target and zero weights; temperatures as in DINO.
+
+    With `scales` the prototypes are directions, of any length, and have scales of either sign, the first of them 0.
+    """
     ns, nt, k, p, m = shape
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     weights = torch.rand(ns, m, **options)
     weights[torch.rand(ns, m) < 0.2] = 0
-    return {
+    arguments = {
         "student_features": normalize(torch.randn(ns, p, **options), dim=1).requires_grad_(),
         "student_prototypes": torch.randn(k, p, **options).requires_grad_(),
         "teacher_features": normalize(torch.randn(nt, p, **options), dim=1),
@@ -34,6 +42,12 @@ def problem(
         "targets": torch.randint(-1, nt, (ns, m), device=device),
         "weights": weights,
     }
+    if scales:
+        for name in ("student_scale", "teacher_scale"):
+            arguments[name] = torch.randn(k, **options)
+            arguments[name][0] = 0
+        arguments["student_scale"].requires_grad_()
+    return arguments
 
 
 def reference(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
@@ -55,6 +69,8 @@ def reference(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
 def gradients(loss: Tensor, arguments: dict[str, Any], *, retain_graph: bool = False) -> dict[str, Tensor]:
     """d loss / d argument of those arguments that carry gradients."""
     wanted = {
-        name: arguments[name] for name in GRADIENTS if arguments[name] is not None and arguments[name].requires_grad
+        name: arguments[name]
+        for name in SCALED_GRADIENTS
+        if arguments.get(name) is not None and arguments[name].requires_grad
     }
     return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), retain_graph=retain_graph), strict=True))

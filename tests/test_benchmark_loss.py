@@ -1,17 +1,23 @@
 """The contenders of `python -m benchmarks loss` do the same work, and docs/loss.md quotes what was measured."""
 
+from functools import partial
+
 import pytest
 import torch
-from benchmarks.loss import contenders, memory, report
+from benchmarks.loss import attention, contenders, measure, memory, peers, report
 from benchmarks.loss.inputs import STUDENT_TEMPERATURE, Inputs, Size
 
+from devices import DEVICES
 from test_cross_entropy import Products
+from vmf_heads import cross_entropy
 
 SIZES = [Size("crops", 4, 3, 37, 5), Size("patches", 0, 7, 37, 5)]
 
 
-def step(contender: contenders.Contender, size: Size, *, weight_norm: bool) -> tuple[torch.Tensor, list]:
-    inputs = Inputs(size, "cpu", weight_norm=weight_norm)
+def step(
+    contender: contenders.Contender, size: Size, *, weight_norm: bool, device: str = "cpu"
+) -> tuple[torch.Tensor, list]:
+    inputs = Inputs(size, device, weight_norm=weight_norm)
     loss = contender(inputs)
     loss.backward()
     return loss.detach(), [leaf.grad for leaf in inputs.leaves]
@@ -24,6 +30,16 @@ def test_fused_and_unfused_agree(size: Size, weight_norm: bool) -> None:
     torch.testing.assert_close(fused, unfused)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on purpose: the CPU is for testing
+@pytest.mark.parametrize("kernel", [attention.flex, attention.sdpa])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+def test_attention_gives_the_loss_and_its_gradients(size: Size, device: str, kernel: attention.Attention) -> None:
+    by_attention = partial(attention.by_attention, attention=kernel)
+    got, want = (step(call, size, weight_norm=False, device=device) for call in (by_attention, contenders.unfused))
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
 def test_plain_is_unfused_without_the_normalisers(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, (y, w, _) = step(contenders.plain, size, weight_norm=False)
@@ -32,15 +48,34 @@ def test_plain_is_unfused_without_the_normalisers(size: Size, monkeypatch: pytes
     torch.testing.assert_close((plain, y, w), (unfused, unfused_y, unfused_w))
 
 
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_norm", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
-def test_the_floor_has_the_products_of_the_fused_loss(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_floor_has_the_products_of_the_fused_loss(
+    size: Size, weight_norm: bool, half: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also under the autocast of CUDA, which both believe they are in."""
+    for module in (contenders, cross_entropy):
+        monkeypatch.setattr(module, "autocast_dtype", lambda device: half)
     monkeypatch.setattr(Inputs, "log_normalizers", lambda self: (None, None))  # theirs are products with vectors
-    inputs = Inputs(size, "cpu", weight_norm=False)
+    inputs = Inputs(size, "cpu", weight_norm=weight_norm)
     with Products() as floor:
         contenders.products(inputs)
     with Products() as fused:
         contenders.fused(inputs).backward()
     assert floor.multiplications == fused.multiplications > 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # inside Liger
+def test_other_libraries_have_the_gradients_of_plain_dino() -> None:
+    size = Size("crops", 4, 3, 37, 16)
+    found, missing = peers.available(size)
+    if not found:
+        pytest.skip(f"none is here: {missing}")
+    _, (want_y, want_w, _) = step(contenders.plain, size, weight_norm=False)
+    for name, call in found.items():  # not the loss: Liger's is a KL divergence, without the targets' entropy
+        _, (y, w, _) = step(call, size, weight_norm=False)
+        torch.testing.assert_close((y, w), (want_y, want_w), msg=lambda message, name=name: f"{name}: {message}")
 
 
 def test_the_peak_is_that_of_what_lives_at_a_time() -> None:
@@ -52,6 +87,14 @@ def test_the_peak_is_that_of_what_lives_at_a_time() -> None:
         return two[:1] / STUDENT_TEMPERATURE
 
     assert 8000 <= memory.peak(call, "cpu") <= 8000 * 2 + 4 + 3 * 64
+
+
+def test_a_brief_size_has_one_table() -> None:
+    size = Size("crops", 4, 3, 37, 5, brief=True)
+    tables = report.size_tables(measure.measure([size], "cpu", autocast=False, quick=True))
+    names = [line.split(" | ")[0].removeprefix("| ") for line in tables.splitlines() if line.startswith("| ")]
+    assert tables.startswith(f"**{size}**, from the head's parameters\n")
+    assert names[2:] == [contenders.PLAIN, contenders.FUSED, contenders.PRODUCTS]
 
 
 def test_the_page_shows_the_committed_result() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cross_entropy_problems import GRADIENTS, SHAPES, gradients, problem, reference
+from cross_entropy_problems import GRADIENTS, SCALED_GRADIENTS, SHAPES, gradients, problem, reference
 from devices import DEVICES
 from vmf_heads import prototype_cross_entropy
 from vmf_heads.cross_entropy import dino_pairs
@@ -24,23 +24,64 @@ def assert_equals_reference(arguments: dict[str, Any]) -> None:
     torch.testing.assert_close(gradients(loss, arguments), gradients(expected, arguments))
 
 
+SCALES = pytest.mark.parametrize("scales", [False, True], ids=["prototypes", "directions and scales"])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("center_on", ["scores", "responsibilities"])
 @pytest.mark.parametrize("chunk_rows", [1, 3, None])
+@SCALES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_reference(shape: tuple, chunk_rows: int | None, center_on: str, device: str) -> None:
-    assert_equals_reference(problem(shape, device=device) | {"chunk_rows": chunk_rows, "center_on": center_on})
+def test_equals_the_reference(shape: tuple, scales: bool, chunk_rows: int | None, center_on: str, device: str) -> None:
+    options = {"chunk_rows": chunk_rows, "center_on": center_on}
+    assert_equals_reference(problem(shape, scales=scales, device=device) | options)
+
+
+def test_the_reference_of_scales_is_weight_norm() -> None:
+    arguments = problem(SHAPE, scales=True)
+    made = dict(arguments)
+    for whose in ("student", "teacher"):
+        scale, v = made.pop(f"{whose}_scale"), arguments[f"{whose}_prototypes"]
+        made[f"{whose}_prototypes"] = torch._weight_norm(v, scale[:, None], 0)
+    names = ("student_prototypes", "student_scale")
+    want, got = reference(made)[0], reference(arguments)[0]
+    torch.testing.assert_close(got, want)
+    leaves = [arguments[name] for name in names]
+    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves))
+
+
+@pytest.mark.parametrize("absent", ["student_scale", "teacher_scale"])
+@pytest.mark.parametrize("same_position", [True, False])
+def test_scales_of_one_side_only(same_position: bool, absent: str) -> None:
+    arguments = problem((5, 5, 13, 3, 1), scales=True) | {absent: None}
+    assert_equals_reference(arguments | {"targets": None} if same_position else arguments)
+
+
+def test_the_gradient_of_directions_does_not_depend_on_how_many_are_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmf_heads._weight_norm._BLOCK", 4 * 3)  # 13 prototypes: three blocks of 4, and one over
+    assert_equals_reference(problem(SHAPE, scales=True))
+
+
+def test_a_direction_of_length_zero_has_no_prototype() -> None:
+    """As in weight_norm, whose 0 / 0 is NaN."""
+    arguments = problem(SHAPE, scales=True)
+    with torch.no_grad():
+        arguments["student_prototypes"][3] = 0
+    assert prototype_cross_entropy(**arguments)[0].isnan()
+    assert reference(arguments)[0].isnan()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("center_on", ["scores", "responsibilities"])
 @pytest.mark.parametrize("chunk_rows", [1, 3, None])
 @pytest.mark.parametrize("weighted", [True, False])
+@SCALES
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2, 1), (11, 11, 13, 3, 1)], ids=str)
 def test_equals_the_reference_at_the_same_position(
-    shape: tuple, weighted: bool, chunk_rows: int | None, center_on: str, device: str
+    shape: tuple, scales: bool, weighted: bool, chunk_rows: int | None, center_on: str, device: str
 ) -> None:
-    arguments = problem(shape, device=device) | {"targets": None, "chunk_rows": chunk_rows, "center_on": center_on}
+    arguments = problem(shape, scales=scales, device=device)
+    arguments |= {"targets": None, "chunk_rows": chunk_rows, "center_on": center_on}
     assert_equals_reference(arguments if weighted else arguments | {"weights": None})
 
 
@@ -73,14 +114,14 @@ def test_dino_pairs_are_the_loops_of_dino(ncrops: int) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("same_position", [True, False])
 def test_gradients_are_those_of_finite_differences(same_position: bool, reduction: str) -> None:
-    arguments = problem((3, 3, 5, 2, 1)) | {"reduction": reduction, "chunk_rows": 2}
+    arguments = problem((3, 3, 5, 2, 1), scales=True) | {"reduction": reduction, "chunk_rows": 2}
     if same_position:
         arguments["targets"] = None
 
     def loss(*inputs: torch.Tensor) -> torch.Tensor:
-        return prototype_cross_entropy(**arguments | dict(zip(GRADIENTS, inputs, strict=True)))[0]
+        return prototype_cross_entropy(**arguments | dict(zip(SCALED_GRADIENTS, inputs, strict=True)))[0]
 
-    assert torch.autograd.gradcheck(loss, [arguments[name] for name in GRADIENTS])
+    assert torch.autograd.gradcheck(loss, [arguments[name] for name in SCALED_GRADIENTS])
 
 
 def test_the_upstream_gradient_scales_all_gradients() -> None:
@@ -92,7 +133,7 @@ def test_the_upstream_gradient_scales_all_gradients() -> None:
 
 
 def test_per_row_losses_meet_a_gradient_each() -> None:
-    arguments = problem(SHAPE)
+    arguments = problem(SHAPE, scales=True)
     upstream = torch.randn(7, dtype=torch.float64)
     losses = prototype_cross_entropy(**arguments, reduction="none")[0]
     assert losses.shape == (7,)
@@ -115,8 +156,8 @@ def test_per_row_losses_without_weights_or_targets() -> None:
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_gradients_accumulate_over_backward_calls(reduction: str) -> None:
-    arguments = problem(SHAPE)
-    leaves = [arguments[name] for name in GRADIENTS]
+    arguments = problem(SHAPE, scales=True)
+    leaves = [arguments[name] for name in SCALED_GRADIENTS]
     loss = prototype_cross_entropy(**arguments, reduction=reduction)[0].sum()
     once = gradients(loss, arguments, retain_graph=True)
     loss.backward(retain_graph=True)
@@ -134,8 +175,8 @@ def test_micro_batches_sum_to_the_batch() -> None:
 
 
 def test_nothing_flows_to_the_teacher_or_the_statistics() -> None:
-    arguments = problem(SHAPE)
-    teacher = ["teacher_features", "teacher_prototypes", "teacher_log_normalizer", "log_center"]
+    arguments = problem(SHAPE, scales=True)
+    teacher = ["teacher_features", "teacher_prototypes", "teacher_scale", "teacher_log_normalizer", "log_center"]
     for name in teacher:
         arguments[name].requires_grad_()
     loss, log_sum, _ = prototype_cross_entropy(**arguments)
@@ -152,15 +193,22 @@ def test_no_grad() -> None:
     torch.testing.assert_close(loss, reference(arguments)[0].detach())
 
 
-@pytest.mark.parametrize("frozen", [[name] for name in GRADIENTS] + [list(GRADIENTS[1:]), list(GRADIENTS)], ids=str)
+LAST_LAYER = ["student_prototypes", "student_scale"]
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [[name] for name in SCALED_GRADIENTS] + [LAST_LAYER, list(SCALED_GRADIENTS[1:]), list(SCALED_GRADIENTS)],
+    ids="-".join,
+)
 @pytest.mark.parametrize("same_position", [True, False])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_frozen_inputs_change_no_other_gradient(frozen: list[str], same_position: bool, reduction: str) -> None:
-    arguments = problem((5, 5, 13, 3, 1)) | ({"targets": None} if same_position else {})
+    arguments = problem((5, 5, 13, 3, 1), scales=True) | ({"targets": None} if same_position else {})
     for name in frozen:
         arguments[name].requires_grad_(False)
     loss = prototype_cross_entropy(**arguments, reduction=reduction)[0].sum()
-    if len(frozen) == 3:
+    if len(frozen) == 4:
         assert not loss.requires_grad
     else:
         torch.testing.assert_close(gradients(loss, arguments), gradients(reference(arguments)[0], arguments))
@@ -182,16 +230,19 @@ class Products(TorchDispatchMode):
     ("same_position", "frozen", "per_row"),
     [
         (False, [], 3 * 31 + 3 * 11),
-        (False, ["student_prototypes"], 2 * 31 + 2 * 11),
+        (False, ["student_scale"], 3 * 31 + 3 * 11),
+        (False, LAST_LAYER, 2 * 31 + 2 * 11),
         (False, ["student_features"], 2 * 31 + 3 * 11),
-        (False, ["student_features", "student_prototypes"], 31 + 2 * 11),
+        (False, ["student_features", *LAST_LAYER], 31 + 2 * 11),
         (True, [], 4 * 31),
-        (True, ["student_prototypes"], 3 * 31),
-        (True, ["student_features", "student_prototypes"], 2 * 31),
+        (True, LAST_LAYER, 3 * 31),
+        (True, ["student_features", *LAST_LAYER], 2 * 31),
     ],
 )
 def test_number_of_products(same_position: bool, frozen: list[str], per_row: int) -> None:
-    arguments = problem((31, 31 if same_position else 11, 101, 17, 1)) | ({"targets": None} if same_position else {})
+    arguments = problem((31, 31 if same_position else 11, 101, 17, 1), scales=True)
+    if same_position:
+        arguments["targets"] = None
     arguments["student_log_normalizer"] = None  # its products are vectors
     for name in frozen:
         arguments[name].requires_grad_(False)
@@ -204,7 +255,7 @@ def test_number_of_products(same_position: bool, frozen: list[str], per_row: int
 
 
 def test_strides_do_not_matter() -> None:
-    arguments = problem((6, 6, 13, 4, 2))
+    arguments = problem((6, 6, 13, 4, 2), scales=True)
     strided = {
         name: value.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_(value.requires_grad)
         if torch.is_tensor(value)
@@ -220,7 +271,9 @@ def test_strides_do_not_matter() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the tracer itself does so
 @pytest.mark.parametrize("same_position", [True, False])
 def test_compiles_without_a_graph_break(same_position: bool) -> None:
-    arguments = problem((7, 7, 13, 3, 1)) | ({"targets": None} if same_position else {}) | {"chunk_rows": 6}
+    arguments = problem((7, 7, 13, 3, 1), scales=True) | {"chunk_rows": 6}
+    if same_position:
+        arguments["targets"] = None
 
     def loss(y: torch.Tensor) -> torch.Tensor:
         return prototype_cross_entropy(**arguments | {"student_features": y})[0]

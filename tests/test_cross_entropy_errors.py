@@ -66,7 +66,18 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
             ValueError,
             f"`{name}` (of shape (13, 1)) must be (K,) with K (=13) the number of prototypes",
         )
-        for name in ("student_log_normalizer", "teacher_log_normalizer", "log_center")
+        for name in (
+            "student_scale",
+            "teacher_scale",
+            "student_log_normalizer",
+            "teacher_log_normalizer",
+            "log_center",
+        )
+    ),
+    (
+        {"student_scale": torch.ones(13)},
+        TypeError,
+        "features, prototypes and scales (of torch.float32, torch.float64) must all be float64 or none",
     ),
 ]
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cross_entropy_problems import problem, reference
+from test_cross_entropy import SCALES
 from vmf_heads import prototype_cross_entropy
 
 NS, NT, K, P, M = 60, 40, 211, 3, 2
@@ -25,11 +26,62 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
+class NewTensors(TorchDispatchMode):
+    """The addresses of the results of some shape that have memory of their own."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.addresses: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if torch.is_tensor(x) and x.shape == self.shape and x.untyped_storage().data_ptr() not in before:
+                self.addresses.append(x.data_ptr())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("frozen", "made"),
+    [
+        ([], 1),
+        (["student_scale"], 1),
+        (["student_prototypes"], 1),
+        (["student_prototypes", "student_scale"], 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("same_position", [True, False])
+def test_of_directions_and_scales_only_the_gradient_of_directions_is_made(
+    same_position: bool, frozen: list[str], made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmf_heads._weight_norm._BLOCK", 16 * 30)
+    arguments = problem((NT if same_position else NS, NT, K, 16, 1 if same_position else M), scales=True)
+    if same_position:
+        arguments["targets"] = None
+    for name in frozen:
+        arguments[name].requires_grad_(False)
+    with NewTensors((K, 16)) as new:
+        loss = prototype_cross_entropy(**arguments, chunk_rows=4)[0]
+    assert len(new.addresses) == made
+    loss.backward()
+    if "student_prototypes" not in frozen:  # it is what the forward pass made, and no copy
+        assert [arguments["student_prototypes"].grad.data_ptr()] == new.addresses
+    with NewTensors((K, 16)) as new:
+        reference(arguments)
+    assert len(new.addresses) > made
+
+
+@SCALES
 @pytest.mark.parametrize("center_on", ["scores", "responsibilities"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("same_position", [True, False])
-def test_no_tensor_is_larger_than_a_chunk_or_a_gradient(same_position: bool, reduction: str, center_on: str) -> None:
-    arguments = problem((NT if same_position else NS, NT, K, P, 1 if same_position else M))
+def test_no_tensor_is_larger_than_a_chunk_or_a_gradient(
+    same_position: bool, reduction: str, center_on: str, scales: bool
+) -> None:
+    arguments = problem((NT if same_position else NS, NT, K, P, 1 if same_position else M), scales=scales)
     if same_position:
         arguments["targets"] = None
     largest = LargestResult()

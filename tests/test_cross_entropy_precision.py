@@ -10,6 +10,7 @@ from cross_entropy_problems import GRADIENTS, SHAPES, gradients, problem, refere
 from devices import DEVICES
 from vmf_heads import prototype_cross_entropy
 from vmf_heads._chunked import ChunkedCrossEntropy, Distillation
+from vmf_heads._epilogues import PLAIN
 from vmf_heads._prototypes import _HalfScores
 from vmf_heads.cross_entropy import dino_pairs, prototype_cross_entropy_reference
 
@@ -48,6 +49,25 @@ def test_float32_is_as_exact_as_the_plain_loss(norm: float, device: str) -> None
         assert fused[name] <= plain[name] + 2 * eps, (fused, plain)
 
 
+@pytest.mark.parametrize("dtype", [None, *HALF], ids=str)
+def test_scales_are_as_exact_as_the_prototypes_they_make(dtype: torch.dtype | None) -> None:
+    """Against the loss of w = weight_norm(v, scale), in float32 or in half-precision products, of uneven norms."""
+    made = dino_problem(1.0)
+    v, scale = torch.randn_like(made["student_prototypes"]), torch.rand(4096).mul(3).requires_grad_()
+    scaled = made | {"student_prototypes": v.requires_grad_(), "student_scale": scale}
+    scaled |= {"teacher_prototypes": made["teacher_prototypes"] * 5, "teacher_scale": torch.rand(4096) * 3}
+    made |= {
+        f"{whose}_prototypes": torch._weight_norm(scaled[f"{whose}_prototypes"], scaled[f"{whose}_scale"][:, None], 0)
+        for whose in ("student", "teacher")
+    }
+    exact = results(reference(scaled)[0], scaled)
+    got = errors(results(with_half_precision_products(scaled, dtype), scaled), exact)
+    want = errors(results(with_half_precision_products(made, dtype), scaled), exact)
+    eps = torch.finfo(torch.float32).eps
+    for name in exact:
+        assert got[name] <= want[name] * 1.05 + 2 * eps, (got, want)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
     ("norm", "k", "images"), [(1.0, 4096, 16), (5.0, 4096, 16), pytest.param(0.2, 65536, 4, id="small probabilities")]
@@ -64,11 +84,12 @@ def test_half_precision_products_are_as_exact_as_those_of_the_plain_loss(
         assert fused[name] <= plain[name] * 1.05 + 1e-6, (fused, plain)
 
 
-def with_half_precision_products(arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """The fused loss as under CUDA autocast, on any device."""
+def with_half_precision_products(arguments: dict[str, Any], dtype: torch.dtype | None) -> Tensor:
+    """The fused loss as under CUDA autocast to `dtype`, on any device."""
     distillation = Distillation(
         teacher_features=arguments["teacher_features"],
         teacher_prototypes=arguments["teacher_prototypes"],
+        teacher_scale=arguments.get("teacher_scale"),
         statistics_bias=None,
         target_bias=arguments["teacher_log_normalizer"] - arguments["log_center"],
         student_temperature=arguments["student_temperature"],
@@ -78,8 +99,11 @@ def with_half_precision_products(arguments: dict[str, Any], dtype: torch.dtype) 
         per_row=False,
         chunk_rows=None,
         product_dtype=dtype,
+        epilogues=PLAIN,
     )
-    return ChunkedCrossEntropy.apply(*(arguments[name] for name in GRADIENTS), distillation, (True, True, True))[0]
+    y, w, b = (arguments[name] for name in GRADIENTS)
+    wanted = (True, True, "student_scale" in arguments, True)
+    return ChunkedCrossEntropy.apply(y, w, arguments.get("student_scale"), b, distillation, wanted)[0]
 
 
 def plain_with_half_precision_products(arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:

@@ -96,7 +96,9 @@ def test_outputs():
     torch.testing.assert_close(y.norm(dim=-1), torch.ones(3, 4))
     assert scores.last_prototype_norms is None
     output = all_three(x)
-    torch.testing.assert_close(tuple(output), (y, head.last_layer.weight, head.last_layer.norms), rtol=0, atol=0)
+    layer = head.last_layer
+    torch.testing.assert_close(tuple(output), (y, layer.weight_v, layer.weight_g.squeeze(1)), rtol=0, atol=0)
+    torch.testing.assert_close((output.prototypes, output.norms), (layer.weight, layer.norms), rtol=0, atol=0)
     raw = scores(x)
     torch.testing.assert_close(raw, y @ head.last_layer.weight.t())
     torch.testing.assert_close(scores.last_prototype_norms, torch.linspace(0.3, 5, 20))

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from benchmarks.loss.inputs import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, Inputs
 from vmf_heads import _chunked, prototype_cross_entropy
+from vmf_heads._matmul import autocast_dtype, mm_float32
 from vmf_heads.cross_entropy import dino_pairs
 
 Contender = Callable[[Inputs], Tensor]
 
 PLAIN, COMPILED, PRODUCTS = "plain DINO", "plain DINO, compiled", "the matrix products alone"
 FUSED, UNFUSED = "vMF, fused", "vMF, unfused"
+FUSED_COMPILED, FLEX, SDPA = "vMF, fused, compiled between products", "vMF, flex_attention", "vMF, SDPA"
 
 
 def plain(inputs: Inputs) -> Tensor:
@@ -37,16 +39,15 @@ def unfused(inputs: Inputs) -> Tensor:
     return _pairs(student, targets, inputs.size.ncrops)
 
 
-def fused(inputs: Inputs) -> Tensor:
-    """DINO-vMF by `prototype_cross_entropy`."""
+def fused(inputs: Inputs, *, compiled: bool = False) -> Tensor:
+    """DINO-vMF by `prototype_cross_entropy`, from directions and scales where the start is a head's parameters."""
     bias, teacher_bias = inputs.log_normalizers()
     size = inputs.size
     targets, weights = dino_pairs(size.images, size.ncrops, device=inputs.y.device) if size.ncrops else (None, None)
     loss, _, _ = prototype_cross_entropy(
-        inputs.y,
-        inputs.prototypes(),
-        inputs.teacher_y,
-        inputs.teacher_prototypes(),
+        student_features=inputs.y,
+        teacher_features=inputs.teacher_y,
+        **inputs.operands(),
         student_temperature=STUDENT_TEMPERATURE,
         teacher_temperature=TEACHER_TEMPERATURE,
         student_log_normalizer=bias,
@@ -54,30 +55,49 @@ def fused(inputs: Inputs) -> Tensor:
         log_center=inputs.center[0],
         targets=targets,
         weights=weights,
+        compiled=compiled,
     )
     return loss if size.ncrops else loss / size.images
 
 
 @torch.no_grad()
 def products(inputs: Inputs) -> None:
-    """The products of `fused` in the same chunks and nothing else: the floor of its time."""
-    w, teacher_w = inputs.prototypes(), inputs.teacher_prototypes()
-    k, rows = len(w), _chunked._CHUNK_BYTES[inputs.y.device.type] // (4 * len(w))
-    gradient, same_position = torch.zeros_like(w), not inputs.size.ncrops
-    chunks = _chunked._chunks(len(inputs.y), rows // 3 if same_position else rows)
+    """The products of `fused` in the same chunks and dtype and nothing else: the floor of its time."""
+    operands = inputs.operands()
+    half = autocast_dtype(inputs.y.device)
+    w, teacher_w, y, teacher_y = (
+        x if half is None else x.to(half)
+        for x in (operands["student_prototypes"], operands["teacher_prototypes"], inputs.y, inputs.teacher_y)
+    )
+    k, rows = len(w), _chunked._CHUNK_BYTES[w.device.type] // (4 * len(w))
+    gradient, same_position = torch.zeros(w.shape, device=w.device), not inputs.size.ncrops
+    chunks = _chunked._chunks(len(y), rows // 3 if same_position else rows)
     buffer = torch.empty(chunks[0].stop, k, device=w.device)
+    probabilities = torch.ones(chunks[0].stop, k, dtype=half, device=w.device) if half else buffer
+
+    def logits(rows: Tensor, prototypes: Tensor) -> None:
+        if half is None:
+            torch.mm(rows, prototypes.T, out=buffer[: len(rows)])
+        else:
+            mm_float32(rows, prototypes.T)
+
+    def gradients(rows: Tensor) -> None:
+        p = probabilities[: len(rows)]
+        if half is None:
+            p @ w
+            gradient.addmm_(p.T, rows)
+        else:
+            mm_float32(p, w)
+            mm_float32(p.T, rows)
+
     for chunk in chunks:
-        y = inputs.y[chunk]
         if same_position:
-            torch.mm(inputs.teacher_y[chunk], teacher_w.T, out=buffer[: len(y)])
-        logits = torch.mm(y, w.T, out=buffer[: len(y)])
-        logits @ w
-        gradient.addmm_(logits.T, y)
-    for chunk in [] if same_position else _chunked._chunks(len(inputs.teacher_y), rows // 2):
-        y = inputs.teacher_y[chunk]
-        logits = torch.mm(y, teacher_w.T, out=buffer[: len(y)])
-        logits @ w
-        gradient.addmm_(logits.T, y)
+            logits(teacher_y[chunk], teacher_w)
+        logits(y[chunk], w)
+        gradients(y[chunk])
+    for chunk in [] if same_position else _chunked._chunks(len(teacher_y), rows // 2):
+        logits(teacher_y[chunk], teacher_w)
+        gradients(teacher_y[chunk])
 
 
 def _pairs(student: Tensor, targets: Tensor, ncrops: int) -> Tensor:

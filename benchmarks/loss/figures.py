@@ -41,7 +41,7 @@ def _storage() -> None:
     from matplotlib.patches import Rectangle
 
     orange, blue = (colour for colour, _ in STYLES.values())
-    gradient = (256, "∂loss/∂W: K × p, p = 256", "0.5")
+    gradient = (256, "gradient of the prototypes: K × p, p = 256", "0.5")
     panels = {
         "plain: everything waits for the backward pass": [
             (640, "student logits: K × 640 rows", orange),

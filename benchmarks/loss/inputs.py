@@ -14,13 +14,17 @@ STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 
 @dataclass(frozen=True)
 class Size:
-    """`ncrops` crops of `images` images; ncrops = 0: patches, each with a target at its own position (iBOT)."""
+    """`ncrops` crops of `images` images; ncrops = 0: patches, each with a target at its own position (iBOT).
+
+    A `brief` size takes minutes on a CPU: only the plain and the fused loss, from the head's parameters.
+    """
 
     name: str
     ncrops: int
     images: int
     prototypes: int
     dimension: int = 256
+    brief: bool = False
 
     def __str__(self) -> str:
         rows = f"{self.ncrops} × {self.images}" if self.ncrops else f"{self.images:,} patches"
@@ -32,6 +36,10 @@ SIZES = {
         Size("small", 6, 16, 8192, 128),
         Size("DINO", 10, 16, 65536),
         Size("DINO", 12, 32, 65536),
+        Size("ViT-S/16", 10, 64, 65536, brief=True),
+        Size("ViT-B/16", 12, 64, 65536, brief=True),
+        Size("ViT-S/16", 10, 128, 65536, brief=True),
+        Size("ViT-B/16", 12, 128, 65536, brief=True),
     ],
     "cuda": [
         Size("ViT-S/16", 10, 64, 65536),
@@ -77,6 +85,17 @@ class Inputs:
     def teacher_prototypes(self) -> Tensor:
         """The teacher's (K, p)."""
         return torch._weight_norm(self._teacher_v, self._teacher_g, 0) if self.weight_norm else self._teacher_w
+
+    def operands(self) -> dict[str, Tensor | None]:
+        """Both sets of prototypes as `prototype_cross_entropy` takes them."""
+        if not self.weight_norm:
+            return {"student_prototypes": self._w, "teacher_prototypes": self._teacher_w}
+        return {
+            "student_prototypes": self._v,
+            "student_scale": self._g.squeeze(1),
+            "teacher_prototypes": self._teacher_v,
+            "teacher_scale": self._teacher_g.squeeze(1),
+        }
 
     def log_normalizers(self) -> tuple[Tensor, Tensor]:
         """log C_p of the student's prototypes, with a gradient, and of the teacher's, (K,) each."""

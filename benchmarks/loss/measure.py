@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.loss import contenders, peers
+from benchmarks.loss import attention, contenders, peers
 from benchmarks.loss.inputs import Inputs, Size
 from benchmarks.loss.memory import peak
 from benchmarks.timing import interleaved_medians
@@ -25,14 +25,16 @@ def measure(sizes: list[Size], device: str, *, autocast: bool, quick: bool) -> R
     rows: Rows = []
     for size in sizes:
         for weight_norm in STARTS:
+            if size.brief and not weight_norm:
+                continue
             inputs = Inputs(size, device, weight_norm=weight_norm)
-            calls, missing = _contenders(size, compiled=not weight_norm)
+            calls, missing = _contenders(inputs, autocast=autocast)
             steps = {name: partial(_step, call, inputs, autocast) for name, call in calls.items()}
             timed: dict[str, Callable[[], object]] = dict(steps)
             timed |= {f"{name}, forward": partial(_forward, call, inputs, autocast) for name, call in calls.items()}
             timed[contenders.PRODUCTS] = partial(_floor, inputs, autocast)
             seconds = interleaved_medians(
-                timed, rounds=3 if quick else 7, seconds=0.0 if quick else 0.05, device=device
+                timed, rounds=3 if quick or size.brief else 7, seconds=0.0 if quick else 0.05, device=device
             )
             for name, step in steps.items():
                 rows.append(
@@ -46,11 +48,11 @@ def measure(sizes: list[Size], device: str, *, autocast: bool, quick: bool) -> R
 
 
 def memory_by_batch(device: str, *, autocast: bool) -> Rows:
-    """Extra memory of 10 crops and K = 65 536 against the number of images."""
+    """Extra memory of 10 crops and K = 65 536 against the number of images, from the head's parameters."""
     rows: Rows = []
     for images in tqdm(BATCHES[device], desc="memory by batch"):
         size = Size("", 10, images, 65536)
-        inputs = Inputs(size, device, weight_norm=False)
+        inputs = Inputs(size, device, weight_norm=True)
         for name, call in {contenders.PLAIN: contenders.plain, contenders.FUSED: contenders.fused}.items():
             forward = partial(_forward, call, inputs, autocast)
             memory = _memory(partial(_step, call, inputs, autocast), forward, inputs, device)
@@ -58,13 +60,31 @@ def memory_by_batch(device: str, *, autocast: bool) -> Rows:
     return rows
 
 
-def _contenders(size: Size, *, compiled: bool) -> tuple[dict[str, contenders.Contender], dict[str, str]]:
+def _contenders(inputs: Inputs, *, autocast: bool) -> tuple[dict[str, contenders.Contender], dict[str, str]]:
+    """(losses by name, why the others are missing by name)."""
     calls: dict[str, contenders.Contender] = {contenders.PLAIN: contenders.plain}
-    if compiled:
-        calls[contenders.COMPILED] = torch.compile(contenders.plain, dynamic=False)
-    calls |= {contenders.UNFUSED: contenders.unfused, contenders.FUSED: contenders.fused}
-    found, missing = peers.available(size) if compiled else ({}, {})
-    return calls | found, missing
+    missing: dict[str, str] = {}
+    if inputs.size.brief:
+        return calls | {contenders.FUSED: contenders.fused}, missing
+    calls |= {
+        contenders.COMPILED: torch.compile(contenders.plain, dynamic=False),
+        contenders.UNFUSED: contenders.unfused,
+        contenders.FUSED: contenders.fused,
+        contenders.FUSED_COMPILED: partial(contenders.fused, compiled=True),
+    }
+    if inputs.y.is_cuda:
+        calls[contenders.FLEX] = partial(attention.by_attention, attention=attention.flex)
+        calls[contenders.SDPA] = partial(attention.by_attention, attention=attention.sdpa)
+    if not inputs.weight_norm:
+        found, missing = peers.available(inputs.size)
+        calls |= found
+    for name in set(calls) - {contenders.PLAIN, contenders.FUSED}:
+        try:
+            _step(calls[name], inputs, autocast)
+        except Exception as error:  # a kernel that does not take this size, a compiler that is not there, no memory
+            missing[name] = f"failed ({type(error).__name__}: {str(error).splitlines()[0]})"
+            del calls[name]
+    return calls, missing
 
 
 def _memory(step: Callable[[], object], forward: Callable[[], object], inputs: Inputs, device: str) -> dict[str, Any]:

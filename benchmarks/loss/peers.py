@@ -1,6 +1,14 @@
-"""Other libraries' losses, where they are installed."""
+"""Other libraries' losses, where they are installed, or in a folder of checkouts that VMF_HEADS_UPSTREAM names."""
 
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,15 +29,29 @@ def available(size: Size) -> tuple[dict[str, Contender], dict[str, str]]:
             continue
         try:
             found[name] = make(size)
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # torchvision beside another torch is a RuntimeError
             missing[name] = f"not importable here ({error})"
     return found, missing
 
 
-def _lightly(size: Size) -> Contender:
-    from lightly.loss import DINOLoss
+def versions() -> dict[str, str]:
+    """What `available` finds: the commit of a checkout, or the version that is installed."""
+    found = {}
+    for name, distribution in {"lightly": "lightly", "dinov2": "dinov2", "liger": "liger-kernel"}.items():
+        checkout = _checkout(name)
+        if checkout is not None:
+            command = ["git", "-C", str(checkout), "rev-parse", "--short=10", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            found[name] = commit or "a checkout"
+            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(distribution)
+    return found
 
-    loss = DINOLoss(size.prototypes, teacher_temp=TEACHER_TEMPERATURE, student_temp=STUDENT_TEMPERATURE)
+
+def _lightly(size: Size) -> Contender:
+    module = _imported("lightly.loss.dino_loss", packages=("lightly.models", "lightly.models.modules"))
+    loss = module.DINOLoss(size.prototypes, teacher_temp=TEACHER_TEMPERATURE, student_temp=STUDENT_TEMPERATURE)
 
     def call(inputs: Inputs) -> Tensor:
         student, teacher = _logits(inputs)
@@ -39,9 +61,8 @@ def _lightly(size: Size) -> Contender:
 
 
 def _dinov2(size: Size) -> Contender:
-    from dinov2.loss import DINOLoss
-
-    loss = DINOLoss(size.prototypes, student_temp=STUDENT_TEMPERATURE)
+    module = _imported("dinov2.loss.dino_clstoken_loss")
+    loss = module.DINOLoss(size.prototypes, student_temp=STUDENT_TEMPERATURE)
 
     def call(inputs: Inputs) -> Tensor:
         student, teacher = _logits(inputs)
@@ -78,6 +99,31 @@ def _liger(size: Size) -> Contender:
         return total * float(weights[0, 0]) * size.images
 
     return call
+
+
+def _imported(name: str, *, packages: tuple[str, ...] = ()) -> ModuleType:
+    """The module `name`, from a checkout if there is one, else as installed.
+
+    From a checkout without the `__init__` of its packages, which import what a loss does not need.
+    """
+    root, package, _ = name.split(".")
+    checkout = _checkout(root)
+    if checkout is None:
+        return importlib.import_module(name)
+    for each in (root, f"{root}.{package}", *packages):
+        sys.modules[each] = bare = ModuleType(each)
+        bare.__path__ = [str(checkout.joinpath(*each.split(".")))]
+    try:
+        return importlib.import_module(name)
+    finally:  # nobody else shall find bare packages
+        for each in [each for each in sys.modules if each.partition(".")[0] == root]:
+            del sys.modules[each]
+
+
+def _checkout(name: str) -> Path | None:
+    folder = os.environ.get("VMF_HEADS_UPSTREAM")
+    path = Path(folder, name) if folder else None
+    return path if path and path.is_dir() else None
 
 
 def _logits(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -20,19 +20,22 @@ def rendered(text: str) -> str:
     """`text` with what stands between `<!-- table: costs -->` and `<!-- end -->` made anew."""
     result = results.latest("loss")
     before, _, rest = text.partition("<!-- table: costs -->")
-    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in (result["versions"] | result.get("peers", {})).items()
+    )
     provenance = f"*{result['device']}, {result['threads']} threads, {result['date']}; {versions}.*"
     table = f"{size_tables(result['rows'])}\n\n{provenance}"
     return f"{before}<!-- table: costs -->\n\n{table}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
 
 
 def size_tables(rows: Rows) -> str:
-    """One table per size and start."""
+    """One table per size and start that was measured."""
     tables = []
     for size in dict.fromkeys(row["size"] for row in rows):
         for start in STARTS.values():
             own = [row for row in rows if row["size"] == size and row["start"] == start]
-            tables.append(f"**{size}**, {start}\n\n{_table(own)}")
+            if own:
+                tables.append(f"**{size}**, {start}\n\n{_table(own)}")
     return "\n\n".join(tables)
 
 

@@ -19,6 +19,16 @@ def mm_float32(a: Tensor, b: Tensor) -> Tensor:
         return a.float() @ b.float()
 
 
+def average(p: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """p @ x for p in [-1, 1], of operands rounded to `dtype` if that is not None; float32 or more."""
+    if dtype is None:
+        return p @ x
+    if dtype is not torch.float16:
+        return mm_float32(p.to(dtype), x.to(dtype))
+    # float16 ends at 6e-8: small probabilities move into its range before they are rounded.
+    return mm_float32((p * 2**14).to(dtype), x.to(dtype)).mul_(2**-14)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that products on this device round their operands to, or None: only CUDA autocast asks for one."""
     if device.type == "cuda" and torch.is_autocast_enabled("cuda"):

@@ -32,13 +32,17 @@ class Prototypes(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The prototypes (K, p), in float32 unless the parameters are float64."""
-        # The kernel behind torch.nn.utils.weight_norm: DINO to the last bit, and its backward is one pass over (K, p).
-        return torch._weight_norm(at_least_float32(self.weight_v), at_least_float32(self.weight_g), 0)
+        return weight_norm(self.weight_v, self.scales)
+
+    @property
+    def scales(self) -> Tensor:
+        """g_k (K,), of either sign."""
+        return at_least_float32(self.weight_g).squeeze(1)
 
     @property
     def norms(self) -> Tensor:
         """||w_k|| = |g_k| (K,); kappa_k is this over the temperature."""
-        return at_least_float32(self.weight_g).abs().squeeze(1)
+        return self.scales.abs()
 
     def forward(self, features: Tensor, *, exact: bool = False) -> Tensor:
         """Scores (..., K) of unit features (..., p), in float32.
@@ -68,6 +72,12 @@ class Prototypes(nn.Module):
             # A prototype that is 0 needs some direction: 0 / 0 would make every output NaN.
             state_dict[prefix + "weight_v"] = torch.where(norm > 0, weight, 1)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def weight_norm(directions: Tensor, scales: Tensor) -> Tensor:
+    """The prototypes w_k = scale_k v_k / ||v_k|| (K, p) of directions v (K, p) and scales (K,), in float32 or more."""
+    # The kernel behind torch.nn.utils.weight_norm: DINO to the last bit, and its backward is one pass over (K, p).
+    return torch._weight_norm(at_least_float32(directions), at_least_float32(scales)[:, None], 0)
 
 
 def prototype_log_normalizer(norms: Tensor, p: int, temperature: float) -> Tensor:

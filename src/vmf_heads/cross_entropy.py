@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _epilogues
 from ._checks import at_least, one_of, positive
 from ._chunked import ChunkedCrossEntropy, Distillation
 from ._matmul import at_least_float32, autocast_dtype, without_autocast
@@ -23,6 +24,8 @@ def prototype_cross_entropy(
     *,
     student_temperature: float,
     teacher_temperature: float,
+    student_scale: Tensor | None = None,
+    teacher_scale: Tensor | None = None,
     student_log_normalizer: Tensor | None = None,
     teacher_log_normalizer: Tensor | None = None,
     log_center: Tensor | None = None,
@@ -31,6 +34,7 @@ def prototype_cross_entropy(
     center_on: str = "scores",
     reduction: str = "sum",
     chunk_rows: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, int]:
     """DINO's loss without its logits: exact value and gradients in O(chunk * K + K * p + N * p) memory.
 
@@ -42,11 +46,17 @@ def prototype_cross_entropy(
         loss = sum(weights[i, m] * -(t[targets[i, m]] * log_softmax(s[i])).sum() for i, m if targets[i, m] >= 0)
         log_sum = log(softmax(raw).sum(dim=0))
 
+    With scales, the prototypes are weight-normalised, w_k = scale_k v_k / ||v_k|| for v = student_prototypes, and the
+    only (K, p) tensors are v and its gradient: w and the gradient of w are never made. For a head's last layer, v is
+    `weight_v` and the scale `weight_g.squeeze(1)`, or the fields of `HeadOutput`.
+
     Args:
         student_features: y (Ns, p), unit rows; carries gradients.
-        student_prototypes: w (K, p); carries gradients (autograd takes them on through the weight normalisation).
+        student_prototypes: w (K, p), or their directions v if there is a `student_scale`; carries gradients.
         teacher_features, teacher_prototypes: (Nt, p) and (K, p); no gradient flows to them.
         student_temperature, teacher_temperature: > 0.
+        student_scale: (K,) of either sign; carries gradients. None: `student_prototypes` are w.
+        teacher_scale: the same for `teacher_prototypes`; no gradient flows to it. One may be given without the other.
         student_log_normalizer: log C_p of the student's prototypes (K,) up to a constant; carries gradients.
             None: zeros.
         teacher_log_normalizer: the same for the teacher's. None: zeros.
@@ -58,6 +68,8 @@ def prototype_cross_entropy(
             `teacher_log_normalizer` inside).
         reduction: "sum", or "none" for the (Ns,) losses of the student rows (their backward computes everything again).
         chunk_rows: rows of logits that exist at a time, all buffers together; None chooses from a memory budget.
+        compiled: fuse the elementwise work between the products with torch.compile (Triton on CUDA, a C++ compiler on
+            CPU), which takes seconds at the first call and fails where torch.compile does.
 
     Returns:
         (loss, log_sum, rows): the loss in float32, and the teacher's statistics for `ProbabilityCentering.accumulate_`:
@@ -87,12 +99,9 @@ def prototype_cross_entropy(
     positive("student_temperature", student_temperature)
     positive("teacher_temperature", teacher_temperature)
     _check_shapes(student_features, student_prototypes, teacher_features, teacher_prototypes, targets, weights)
-    dtypes = {
-        at_least_float32(x).dtype for x in (student_features, student_prototypes, teacher_features, teacher_prototypes)
-    }
-    if len(dtypes) > 1:
-        raise TypeError(f"features and prototypes (of {dtypes}) must all be float64, or none of them")
     for name, per_prototype in (
+        ("student_scale", student_scale),
+        ("teacher_scale", teacher_scale),
         ("student_log_normalizer", student_log_normalizer),
         ("teacher_log_normalizer", teacher_log_normalizer),
         ("log_center", log_center),
@@ -102,11 +111,16 @@ def prototype_cross_entropy(
                 f"`{name}` (of shape {tuple(per_prototype.shape)}) must be (K,) with K (={len(student_prototypes)}) "
                 "the number of prototypes"
             )
+    tensors = (student_features, student_prototypes, student_scale, teacher_features, teacher_prototypes, teacher_scale)
+    dtypes = {str(at_least_float32(x).dtype) for x in tensors if x is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"features, prototypes and scales (of {', '.join(sorted(dtypes))}) must all be float64 or none")
 
     averages_log_c = center_on == "responsibilities"
     distillation = Distillation(
         teacher_features=at_least_float32(teacher_features.detach()),
         teacher_prototypes=at_least_float32(teacher_prototypes.detach()),
+        teacher_scale=None if teacher_scale is None else at_least_float32(teacher_scale.detach()),
         statistics_bias=_bias(teacher_log_normalizer, None) if averages_log_c else None,
         target_bias=_bias(None if averages_log_c else teacher_log_normalizer, log_center),
         student_temperature=student_temperature,
@@ -116,8 +130,9 @@ def prototype_cross_entropy(
         per_row=reduction == "none",
         chunk_rows=None if chunk_rows is None else at_least("chunk_rows", chunk_rows, 1),
         product_dtype=autocast_dtype(student_features.device),
+        epilogues=_epilogues.compiled() if compiled else _epilogues.PLAIN,
     )
-    inputs = (student_features, student_prototypes, student_log_normalizer)
+    inputs = (student_features, student_prototypes, student_scale, student_log_normalizer)
     # Read here: inside an autograd.Function grad mode is always off.
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     with without_autocast(student_features.device):
@@ -135,6 +150,8 @@ def prototype_cross_entropy_reference(
     *,
     student_temperature: float,
     teacher_temperature: float,
+    student_scale: Tensor | None = None,
+    teacher_scale: Tensor | None = None,
     student_log_normalizer: Tensor | float = 0.0,
     teacher_log_normalizer: Tensor | float = 0.0,
     log_center: Tensor | float = 0.0,
@@ -143,6 +160,8 @@ def prototype_cross_entropy_reference(
     center_on: str = "scores",
 ) -> tuple[Tensor, Tensor, int]:
     """The definition of `prototype_cross_entropy`, with every logit in memory: for reading and for testing."""
+    student_prototypes = weight_normed(student_prototypes, student_scale)
+    teacher_prototypes = weight_normed(teacher_prototypes, teacher_scale)
     logits = student_features @ student_prototypes.T / student_temperature + student_log_normalizer
     log_probabilities = torch.log_softmax(logits, dim=1)
     with torch.no_grad():
@@ -158,11 +177,18 @@ def prototype_cross_entropy_reference(
     return loss, log_sum, len(teacher_features)
 
 
-def dino_pairs(batch_size: int, ncrops: int, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(targets, weights) of DINO: every crop towards both global crops, but not towards the view that it is.
+def weight_normed(v: Tensor, scale: Tensor | None) -> Tensor:
+    """The prototypes scale_k v_k / ||v_k|| (K, p), or v itself where there is no scale."""
+    return v if scale is None else scale[:, None] * v / v.norm(dim=1, keepdim=True)
 
-    The rows are crop by crop: student row v * batch_size + b is crop v of image b, and so for the teacher's two crops.
-    Both results are (ncrops * batch_size, 2); the weights make the sum DINO's mean over pairs and images.
+
+def dino_pairs(
+    batch_size: int, ncrops: int, *, ngcrops: int = 2, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """(targets, weights) of DINO: every crop towards all global crops, but not towards the view that it is.
+
+    The rows are crop by crop: student row v * batch_size + b is crop v of image b, and so for the teacher's `ngcrops`.
+    Both results are (ncrops * batch_size, ngcrops); the weights make the sum DINO's mean over pairs and images.
 
     >>> targets, weights = dino_pairs(batch_size=2, ncrops=3)
     >>> targets.tolist()
@@ -172,10 +198,10 @@ def dino_pairs(batch_size: int, ncrops: int, *, device: torch.device | str = "cp
     at_least("ncrops", ncrops, 2)
     image = torch.arange(batch_size, device=device).repeat(ncrops)
     view = torch.arange(ncrops, device=device).repeat_interleave(batch_size)
-    teacher_view = torch.arange(2, device=device)
+    teacher_view = torch.arange(ngcrops, device=device)
     same = view[:, None] == teacher_view
     targets = torch.where(same, -1, teacher_view * batch_size + image[:, None])
-    weight = 1 / (batch_size * (2 * ncrops - 2))
+    weight = 1 / (batch_size * ngcrops * (ncrops - 1))
     return targets, torch.full(targets.shape, weight, dtype=torch.float64, device=device)
 
 

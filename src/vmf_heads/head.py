@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ._checks import at_least, one_of, positive
 from ._matmul import at_least_float32
-from ._prototypes import Prototypes, prototype_log_normalizer
+from ._prototypes import Prototypes, prototype_log_normalizer, weight_norm
 
 __all__ = ["HeadOutput", "VMFPrototypeHead", "set_temperature"]
 
@@ -22,12 +22,23 @@ class HeadOutput(NamedTuple):
     """What a head with output="prototypes" returns: all that `prototype_cross_entropy` needs, out of one forward.
 
     Because the prototypes leave the model through its forward, their gradients are right under
-    DistributedDataParallel(find_unused_parameters=True) and FSDP2, too, which do not see a read from outside.
+    DistributedDataParallel(find_unused_parameters=True) and FSDP2, too, which do not see a read from outside. They
+    leave it as directions and scales, w_k = scale_k v_k / ||v_k||, so that w itself need never be made.
     """
 
     features: Tensor  # y (..., p), unit vectors
-    prototypes: Tensor  # w (K, p)
-    norms: Tensor  # ||w_k|| (K,)
+    directions: Tensor  # v (K, p), of any length
+    scales: Tensor  # (K,), of either sign
+
+    @property
+    def prototypes(self) -> Tensor:
+        """w (K, p), made anew at every access."""
+        return weight_norm(self.directions, self.scales)
+
+    @property
+    def norms(self) -> Tensor:
+        """||w_k|| (K,)."""
+        return self.scales.abs()
 
 
 class VMFPrototypeHead(nn.Module):
@@ -129,7 +140,8 @@ class VMFPrototypeHead(nn.Module):
         if output == "features":
             return features
         if output == "prototypes":
-            return HeadOutput(features, layer.weight, layer.norms)
+            # Copies: under FSDP the parameters' storage is freed after this forward.
+            return HeadOutput(features, layer.weight_v.clone(), layer.scales.clone())
         scores = layer(features, exact=self.logits_dtype is not None)
         if output == "scores" or self.normalizer == "none":
             return scores
