@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dino_models import NCROPS, K, crops, dino_loss, models
-from test_cross_entropy_memory import LargestResult
+from test_cross_entropy_memory import LargestResult, NewTensors
 
 BATCH = 50
 
@@ -88,6 +88,20 @@ def test_a_step_holds_no_logits(centering: str, monkeypatch: pytest.MonkeyPatch)
         loss(features, teacher_features, 0).backward()
     assert largest.elements == features.numel() > 4 * K
     assert largest.elements < 2 * BATCH * K  # not even the teacher's logits
+
+
+@pytest.mark.parametrize("centering", ["logit", "probability"])
+def test_a_step_makes_neither_prototypes_nor_their_gradient(centering: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmf_heads._weight_norm._BLOCK", K)  # of the gradient of K * p directions
+    student, teacher = models()
+    loss = dino_loss(centering=centering, fused=True)
+    loss.attach(student, teacher)
+    x = crops()
+    weight_v = student.head.last_layer.weight_v
+    with NewTensors(weight_v.shape) as new:
+        value = loss(student(x), teacher(x[: 2 * len(x) // NCROPS]), 0)
+    value.backward()
+    assert [weight_v.grad.data_ptr()] == new.addresses
 
 
 def test_targets_of_an_attached_head_are_those_of_the_unfused_loss() -> None:

@@ -1,4 +1,4 @@
-"""compat.ibot: the head's variants, attach, the guards against silent mistakes, checkpoints, ranks."""
+"""compat.ibot: the head's variants, attach, the guards against silent mistakes, checkpoints."""
 
 import copy
 import pickle
@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from dino_models import models as dino_models
-from gloo import run_on_ranks
 from ibot_models import BATCH, GLOBAL, HEADS, K2, K, Model, P, ibot_loss, models, views
 from ibot_original import OriginaliBOTHead
 from vmf_heads.compat.ibot import iBOTHead, iBOTLoss
@@ -129,7 +128,7 @@ def test_copies_of_losses_have_the_centres_and_are_not_attached(copy_of):
         (nn.Linear(2, 2), models()[1], r"`student` \(a Linear\) must contain exactly one VMFPrototypeHead.*none"),
         (dino_models()[0], models()[1], r"the head in `student` \(a VMFPrototypeHead\) must be a .*iBOTHead"),
         (models()[0], models(normalizer="none")[1], r"`normalizer` of the teacher's head \(='none'\) must be .*'vmf'"),
-        (models("none shared")[0], models()[1], r"the student's head has 24 and 20 prototypes; it must have .*\(=24\)"),
+        (models("none shared")[0], models()[1], r"`num_patch_prototypes` of the student's head \(=20\) must .*24"),
     ],
 )
 def test_attach_refuses(student, teacher, message):
@@ -150,8 +149,18 @@ def test_attach_finds_the_heads_inside(wrap):
 
 def test_a_head_cannot_be_student_and_teacher():
     student, _ = models()
-    with pytest.raises(RuntimeError, match="already serves a loss as 'logits' and cannot serve another as 'scores'"):
+    with pytest.raises(ValueError, match="must have a head each: theirs is the same object"):
         ibot_loss().attach(student, student)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses_that_share_a_head_must_agree(fused):
+    student, teacher = models()
+    ibot_loss(fused=fused).attach(student, teacher)
+    with pytest.raises(RuntimeError, match=r"`student_temp` \(=0.2\) must be 0.1, which another loss"):
+        ibot_loss(fused=fused, student_temp=0.2).attach(student, teacher)
+    with pytest.raises(RuntimeError, match=r"already serves a loss as '(logits|features)' and cannot serve another"):
+        ibot_loss(fused=not fused).attach(student, teacher)
 
 
 def test_frozen_norms_of_the_student_warn():
@@ -199,8 +208,12 @@ def test_the_order_of_calls_is_checked():
     with pytest.raises(RuntimeError, match=r"call `attach\(student, teacher\)` once before the loss"):
         loss.targets(teacher(tokens), 0)
     loss.attach(student, teacher)
-    with pytest.raises(RuntimeError, match="the attached teacher's head has not run on sequences of tokens"):
+    with pytest.raises(RuntimeError, match="the attached teacher's head has not run"):
         loss.targets((torch.zeros(GLOBAL * BATCH, K), torch.zeros(GLOBAL * BATCH, 6, K)), 0)
+    output = teacher(tokens)
+    student.head.temperature = 0.3
+    with pytest.raises(RuntimeError, match=r"`temperature` of the student's head \(=0.3\) must stay"):
+        loss.targets(output, 0)
 
 
 @pytest.mark.parametrize(
@@ -251,10 +264,11 @@ def test_ibots_own_centres_are_converted_each_at_its_temperature():
     assert set(loss.state_dict()) == {"log_center", "log_center2"}
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("centering", ["probability", "logit"])
-def test_one_centre_update_from_accumulated_micro_batches(centering):
+def test_one_centre_update_from_accumulated_micro_batches(centering, fused):
     student, teacher = models()
-    whole, parts = ibot_loss(centering=centering), ibot_loss(centering=centering)
+    whole, parts = (ibot_loss(centering=centering, fused=fused) for _ in range(2))
     for loss in (whole, parts):
         loss.attach(student, teacher)
     tokens, local_tokens, masks = views()
@@ -265,29 +279,7 @@ def test_one_centre_update_from_accumulated_micro_batches(centering):
         part, local = (x.unflatten(0, (2, BATCH))[:, images].flatten(0, 1) for x in (tokens, local_tokens))
         arguments = (student(part), teacher(part), student(local)[0], [mask[images] for mask in masks], 0)
         parts(*arguments, commit=commit)
-    torch.testing.assert_close(parts.state_dict(), whole.state_dict())
-
-
-def centers_of_rank(rank: int) -> dict[str, torch.Tensor]:
-    """Both centres after one step of 2 of 5 images on rank 0 and of 3 on rank 1."""
-    return _centers(slice(0, 2) if rank == 0 else slice(2, 5))
-
-
-def _centers(images: slice) -> dict[str, torch.Tensor]:
-    torch.manual_seed(3)
-    student, teacher = models()
-    loss = ibot_loss()
-    loss.attach(student, teacher)
-    tokens, local_tokens, masks = views()
-    tokens, local_tokens = (x.unflatten(0, (2, BATCH))[:, images].flatten(0, 1) for x in (tokens, local_tokens))
-    step(loss, student, teacher, (tokens, local_tokens, [mask[images] for mask in masks]))
-    return dict(loss.state_dict())
-
-
-def test_ranks_with_unequal_batches_have_the_centres_of_one_process():
-    want = _centers(slice(None))
-    for got in run_on_ranks(centers_of_rank):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -27,13 +27,16 @@ def copy_of(name: str, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(".git", "*.png", "*.ipynb")))
 
 
-def documented_hunks(section: str) -> list[tuple[str, str, str]]:
-    """(file, old text, new text) of every hunk of the first diff in this section of docs/migrating.md."""
+def documented_hunks(section: str, diffs: slice = slice(1)) -> list[tuple[str, str, str]]:
+    """(file, old text, new text) of every hunk of the first diff, or these diffs, in this section of
+    docs/migrating.md."""
     text = (ROOT / "docs/migrating.md").read_text()
-    diff = re.search(rf"^## {re.escape(section)}$.*?^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert diff, section
+    of_section = re.search(rf"^## {re.escape(section)}$(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
+    assert of_section, section
+    found = re.findall(r"^```diff\n(.*?)^```$", of_section[1], re.MULTILINE | re.DOTALL)[diffs]
+    assert found, section
     hunks = []
-    for part in re.split(r"^--- ", diff[1], flags=re.MULTILINE)[1:]:
+    for part in re.split(r"^--- ", "".join(found), flags=re.MULTILINE)[1:]:
         file, _, body = part.partition("\n")
         for hunk in re.split(r"^@@.*\n", body, flags=re.MULTILINE)[1:]:
             lines = hunk.splitlines(keepends=True)
@@ -42,12 +45,12 @@ def documented_hunks(section: str) -> list[tuple[str, str, str]]:
     return hunks
 
 
-def apply_documented_diff(checkout: Path, section: str, **loss_options: Any) -> None:
-    """Apply the diff of docs/migrating.md, each hunk where it fits exactly once.
+def apply_documented_diff(checkout: Path, section: str, diffs: slice = slice(1), **loss_options: Any) -> None:
+    """Apply the first diff of docs/migrating.md's section, or these diffs, each hunk where it fits exactly once.
 
     `loss_options` become additional keywords of the loss, whose call is what a hunk ending in "Loss(" opens.
     """
-    for file, old, new in documented_hunks(section):
+    for file, old, new in documented_hunks(section, diffs):
         path = checkout / file
         text = path.read_text()
         assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
@@ -70,18 +73,20 @@ class Training:
         options: list[str],
         *,
         diff: bool = True,
+        diffs: slice = slice(1),
         loss: dict[str, Any] | None = None,
         folder: Path | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """What the script recorded with these command-line options.
 
-        `diff` applies the documented diff, with `loss` as additional arguments of the loss; `folder` holds checkpoints
-        and result, by default a new one; `settings` are the recorder's.
+        `diff` applies the documented diff, or those of the section that `diffs` selects, with `loss` as additional
+        arguments of the loss; `folder` holds checkpoints and result, by default a new one; `settings` are the
+        recorder's.
         """
         checkout = copy_of(self.name, self.factory.mktemp(self.name))
         if diff:
-            apply_documented_diff(checkout, self.section, **(loss or {}))
+            apply_documented_diff(checkout, self.section, diffs, **(loss or {}))
         output = (folder or self.factory.mktemp("run")) / "result.pt"
         script = Path(__file__).with_name(self.script)
         arguments = json.dumps({"options": options, **settings}, default=str)

@@ -18,6 +18,12 @@ HEADS = {
     "none shared": ["--shared_head_teacher", "false", "--patch_out_dim", "40"],
 }
 CENTERS = ["log_center", "log_center2"]
+FUSED = pytest.mark.parametrize("fused", [False, True])
+
+
+def how(fused: bool, **loss: Any) -> dict[str, Any]:
+    """With `fused`, the loss has that argument and the second documented diff is applied, too."""
+    return {"loss": {**loss, "fused": True}, "diffs": slice(2)} if fused else {"loss": loss}
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +41,20 @@ def original(train: Training) -> dict[str, Any]:
     return train([*FROZEN, *SGD], diff=False)
 
 
-def test_at_norm_one_with_logit_centring_training_is_the_original_one(train, original):
+@FUSED
+def test_at_norm_one_with_logit_centring_training_is_the_original_one(train, original, fused):
     """Four steps over two epochs with iBOT's masks, optimiser groups, clipping, frozen last layers and EMA."""
-    got = train([*FROZEN, *SGD], loss={"centering": "logit"}, start_of=original["file"])
+    got = train([*FROZEN, *SGD], start_of=original["file"], **how(fused, centering="logit"))
     check_same_training(got, original)
+    assert len(original["predictions"]) == 3 * 4  # the teacher's, the student's, the labels, in every step
+    torch.testing.assert_close(got["predictions"], original["predictions"], rtol=0, atol=0)
 
 
+@FUSED
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_loss_and_gradients_are_those_of_the_equations(train, trained, heads):
+def test_loss_and_gradients_are_those_of_the_equations(train, trained, heads, fused):
     """Both objectives in float64 with norms from 0.4 to 4, at their own teacher temperatures, with every sharing."""
-    result = train([*FREE, *heads], norms=True, compare=True) if heads else trained
+    result = train([*FREE, *heads], norms=True, compare=True, **how(fused)) if heads or fused else trained
     check_equations(result, CENTERS)
     check_power(result)
     assert "head.last_layer.weight_g" in result["groups"][0], "iBOT decays the norms"

@@ -1,5 +1,7 @@
-"""lightly-ai/lightly: its examples/pytorch/dino.py with the documented diff, on CPU without torchvision."""
+"""lightly-ai/lightly: its examples dino.py and dinov2.py with the documented diffs, on CPU without torchvision."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,3 +34,28 @@ def test_loss_and_gradients_are_those_of_the_equations(train):
     check_equations(result, ["log_center"])
     check_power(result)
     assert not torch.equal(result["student"]["student_head.last_layer.weight_g"], torch.linspace(0.4, 4, 2048)[:, None])
+
+
+@pytest.fixture(scope="module")
+def train_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    training = Training("lightly", "lightly-ai/lightly", "train_lightly_dinov2.py", tmp_path_factory)
+    return partial(training, [], diffs=slice(1, 2))
+
+
+HEADS = pytest.mark.parametrize("separate", [False, True], ids=["shared head", "separate heads"])
+
+
+@HEADS
+def test_dinov2_at_norm_one_with_logit_centring_is_the_original_one(train_dinov2, separate):
+    """Four steps of [CLS], patch and KoLeo losses with lightly's masks, EMA and schedules."""
+    original = train_dinov2(diff=False, unit=True, separate=separate)
+    got = train_dinov2(unit=True, separate=separate, centering="logit", start_of=str(original["file"]))
+    check_same_training(got, original)
+
+
+@HEADS
+def test_dinov2_loss_and_gradients_are_those_of_the_equations(train_dinov2, separate):
+    """Eq. 6, 7 and 9 in float64 for both objectives, with norms from 0.4 to 4, under the example's AdamW."""
+    result = train_dinov2(norms=True, compare=True, separate=separate)
+    check_equations(result, ["dino.log_center", "ibot.log_center"])
+    check_power(result)

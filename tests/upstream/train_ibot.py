@@ -76,6 +76,15 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
     patch_prototypes = K if args.shared_head or args.shared_head_teacher else args.patch_out_dim
     centers = [torch.zeros(n, dtype=torch.float64) for n in (args.out_dim, patch_prototypes)]
     recorder = Recorder(main_ibot, utils, settings, reference, centers)
+    predictions = recorder.result["predictions"] = []
+    gather = utils.concat_all_gather
+
+    def recording_gather(tensor: Tensor) -> Tensor:
+        """The script gathers what `acc` compares: the teacher's classes, the student's, and then the labels."""
+        predictions.append(gather(tensor))
+        return predictions[-1]
+
+    utils.concat_all_gather = recording_gather
     try:
         main_ibot.train_ibot(args)
     except Interrupted:

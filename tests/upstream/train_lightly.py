@@ -59,6 +59,8 @@ class Finder(MetaPathFinder, Loader):
 class Images(torch.utils.data.Dataset):
     """8 images, 2 global and 2 local views of each."""
 
+    sizes = (16, 16, 8, 8)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
         generator = torch.Generator().manual_seed(index)
-        return [torch.randn(3, size, size, generator=generator) for size in (16, 16, 8, 8)], 0
+        return [torch.randn(3, size, size, generator=generator) for size in self.sizes], 0
 
 
 def small_resnet() -> nn.Module:

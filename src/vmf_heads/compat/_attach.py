@@ -10,10 +10,10 @@ from .._distributed import is_sharded
 from ..head import VMFPrototypeHead
 
 
-def find_head(model: nn.Module, name: str) -> VMFPrototypeHead:
+def find_head(model: nn.Module, name: str, kind: type[VMFPrototypeHead] = VMFPrototypeHead) -> VMFPrototypeHead:
     """The one VMFPrototypeHead inside `model`, also through DDP, FSDP and compile wrappers.
 
-    Raises ValueError if there is none or more than one.
+    Raises ValueError if there is none or more than one, or if it is not of this kind.
     """
     heads = {path: m for path, m in model.named_modules() if isinstance(m, VMFPrototypeHead)}
     if len(heads) != 1:
@@ -21,7 +21,20 @@ def find_head(model: nn.Module, name: str) -> VMFPrototypeHead:
         raise ValueError(
             f"`{name}` (a {type(model).__name__}) must contain exactly one VMFPrototypeHead; it contains {found}"
         )
-    return next(iter(heads.values()))
+    head = next(iter(heads.values()))
+    if not isinstance(head, kind):
+        raise ValueError(f"the head in `{name}` (a {type(head).__name__}) must be a {kind.__name__}")
+    return head
+
+
+def submodule(model: nn.Module, name: str, head: str | None) -> nn.Module:
+    """The outermost submodule of `model` called `head`, at any depth; all of `model` for None."""
+    if head is None:
+        return model
+    for path, module in model.named_modules(remove_duplicate=False):  # one head may have two names
+        if path.rpartition(".")[2] == head:
+            return module
+    raise ValueError(f"`head` (={head!r}) must be the name of a submodule of `{name}` (a {type(model).__name__})")
 
 
 def attach_heads(
@@ -29,17 +42,19 @@ def attach_heads(
     teacher: VMFPrototypeHead,
     *,
     outputs: tuple[str, str],
-    num_prototypes: int,
     student_temp: float,
+    **numbers: int,
 ) -> None:
     """Make the two heads return `outputs` and the student's use `student_temp`, after everything has been checked.
 
-    Raises ValueError unless they are two heads of a kind with `num_prototypes` prototypes, RuntimeError if one already
-    serves another loss in another way.
+    `numbers`: those of the prototypes, by the attributes of the heads that must have these values.
+
+    Raises ValueError unless they are two heads of a kind with so many prototypes, RuntimeError if one already serves
+    another loss in another way.
     """
     if student is teacher:
         raise ValueError("`student` and `teacher` must have a head each: theirs is the same object")
-    for name, expected in (("normalizer", student.normalizer), ("num_prototypes", num_prototypes)):
+    for name, expected in {"normalizer": student.normalizer, **numbers}.items():
         for whose, found in (("student", getattr(student, name)), ("teacher", getattr(teacher, name))):
             if found != expected:
                 owner = "the student's" if name == "normalizer" else "the loss's"

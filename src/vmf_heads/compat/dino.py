@@ -15,26 +15,19 @@ The change to main_dino.py, to be run with `--norm_last_layer false`::
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._checks import at_least, one_of, positive
-from .._matmul import at_least_float32, without_autocast
-from ..centering import ProbabilityCentering
-from ..cross_entropy import dino_pairs, prototype_cross_entropy
+from .._checks import at_least
+from .._matmul import at_least_float32
+from ..cross_entropy import dino_pairs
 from ..head import HeadOutput, VMFPrototypeHead
-from ._attach import attach_heads, find_head, fused_output, warn_if_norms_are_frozen
-from ._teacher import (
-    CENTERING,
-    LogitSum,
-    offset_at,
-    rename_keys_,
-    temperature_at,
-    temperature_schedule,
-)
+from ._attached import AttachedLoss
+from ._centre import make_centre
+from ._objective import Objective, features_of, with_prototypes
+from ._temperature import temperature_at, temperature_schedule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,12 +37,8 @@ __all__ = ["DINOHead", "DINOLoss"]
 # The library's head has the constructor and the parameter names of DINO's; only norm_last_layer defaults to False.
 DINOHead = VMFPrototypeHead
 
-# Where the centring's buffers stand in the loss, and their names in its state dict.
-_STATE_NAMES = {"centering.log_center": "log_center", "centering.logit_center": "logit_center"}
-_LOADED_NAMES = {new: old for old, new in _STATE_NAMES.items()} | {"center": "centering.center"}
 
-
-class DINOLoss(nn.Module):
+class DINOLoss(AttachedLoss):
     """The loss of DINO-vMF: cross-entropy between Eq. 7 of the teacher and Eq. 6 of the student, over pairs of crops.
 
     Equals, for student probabilities P_s[v] of crop v and teacher probabilities P_t[u] of global crop u, (B, K) each::
@@ -98,8 +87,6 @@ class DINOLoss(nn.Module):
     torch.Size([])
     """
 
-    center: Tensor
-
     def __init__(
         self,
         out_dim: int,
@@ -116,52 +103,16 @@ class DINOLoss(nn.Module):
         fused: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
-        if not 0 <= center_momentum <= 1:
-            raise ValueError(f"`center_momentum` (={center_momentum}) must be in [0, 1]")
-        self.num_prototypes = at_least("out_dim", out_dim, 1)
+        super().__init__(student_temp, fused=fused, num_prototypes=at_least("out_dim", out_dim, 1))
+        self.num_prototypes = out_dim
         self.ncrops = at_least("ncrops", ncrops, 2)
-        self.student_temp = positive("student_temp", student_temp)
         self.center_momentum = center_momentum
-        self.fused = fused
-        self.process_group = process_group
         self.teacher_temp_schedule = temperature_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
-        self.centering: ProbabilityCentering | None = None
-        if one_of("centering", centering, CENTERING) == "probability":
-            self.centering = ProbabilityCentering(
-                out_dim, center_momentum, center_on=center_on, process_group=process_group
-            )
-        else:
-            self.register_buffer("center", torch.zeros(1, at_least("out_dim", out_dim, 1)))
-        self._logit_sum = LogitSum()
-        # In a tuple, so that the heads do not become submodules and are not saved with the loss.
-        self._heads: tuple[VMFPrototypeHead, VMFPrototypeHead] | None = None
-
-    def attach(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Find the head in `student` and in `teacher` (through DDP, FSDP or compile) and take over their temperatures.
-
-        From now on the student's head returns logits at `student_temp`, the teacher's raw scores. With fused=True both
-        return features, or a `HeadOutput` under FSDP2 and DDP(find_unused_parameters=True). Calling it again with the
-        same models does nothing.
-
-        Raises ValueError unless each holds exactly one head and both are of a kind with `out_dim` prototypes,
-        RuntimeError if a head already serves another loss in another way; warns if the student's norms are frozen.
-        """
-        student_head, teacher_head = find_head(student, "student"), find_head(teacher, "teacher")
-        outputs = ("logits", "scores")
-        if self.fused:
-            outputs = (fused_output(student, student_head), fused_output(teacher, teacher_head))
-        attach_heads(
-            student_head,
-            teacher_head,
-            outputs=outputs,
-            num_prototypes=self.num_prototypes,
-            student_temp=self.student_temp,
+        self.centering = make_centre(
+            (1, out_dim), center_momentum, centering=centering, center_on=center_on, process_group=process_group
         )
-        warn_if_norms_are_frozen(student_head)
-        self._heads = (student_head, teacher_head)
 
     def forward(
         self,
@@ -176,35 +127,30 @@ class DINOLoss(nn.Module):
         Then the centre is updated. With fused=True both are features (..., p). When gradients are accumulated over
         micro-batches, commit=False on all but the last makes one update from all of them.
         """
-        student_rows, teacher_rows = len(_rows(student_output)), len(_rows(teacher_output))
+        student_rows, teacher_rows = len(features_of(student_output)), len(features_of(teacher_output))
         if teacher_rows % 2 or student_rows * 2 != teacher_rows * self.ncrops:
             raise ValueError(
                 f"`student_output` (of {student_rows} rows) must have `ncrops` (={self.ncrops}) rows per image and "
                 f"`teacher_output` (of {teacher_rows} rows) 2, crop by crop"
             )
-        if self.fused:
-            return self._fused_forward(student_output, teacher_output, epoch, commit)
-        student_temp = self._attached()[0].temperature
-        if student_temp != self.student_temp:
-            raise RuntimeError(
-                f"`temperature` of the student's head (={student_temp}) must stay the loss's `student_temp` "
-                f"(={self.student_temp}) after `attach`: the loss divides by it"
-            )
-        targets = self.targets(teacher_output, epoch).chunk(2)
-        logits = at_least_float32(_rows(student_output)) / self.student_temp
-        total = logits.new_zeros(())
-        for v, log_probabilities in enumerate(crop.log_softmax(dim=1) for crop in logits.chunk(self.ncrops)):
-            for u, target in enumerate(targets):
-                if u != v:  # the same view of the same image teaches nothing
-                    total = total - (target * log_probabilities).sum(dim=1).mean()
-        self.update_center(teacher_output, epoch, commit=commit)
-        return total / (2 * self.ncrops - 2)
+        teacher, objective = self._teacher(teacher_output, epoch)
+        if isinstance(teacher, HeadOutput):
+            head = self._attached()[0]
+            student = with_prototypes(student_output, head.last_layer)
+            targets, weights = dino_pairs(teacher_rows // 2, self.ncrops, device=student.features.device)
+            loss = objective.cross_entropy(student, teacher, head, targets=targets, weights=weights)
+        else:
+            loss = self._cross_entropy(features_of(student_output), objective.targets(teacher))
+            objective.accumulate_(teacher)
+        if commit:
+            self.centering.commit_()
+        return loss
 
     @torch.no_grad()
     def targets(self, teacher_output: Tensor | HeadOutput, epoch: int) -> Tensor:
         """The teacher's probabilities P_t (N, K) for any N rows of its output, Eq. 7; the centre stays as it is."""
-        temperature, bias = self._teacher(teacher_output, epoch)
-        return torch.softmax(self._scores(teacher_output) / temperature + bias - self._log_center(temperature), dim=1)
+        teacher, objective = self._teacher(teacher_output, epoch)
+        return objective.targets(teacher)
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor | HeadOutput, epoch: int, *, commit: bool = True) -> None:
@@ -212,108 +158,30 @@ class DINOLoss(nn.Module):
 
         commit=False only adds the batch to those that the next step will average.
         """
-        temperature, bias = self._teacher(teacher_output, epoch)
-        scores = self._scores(teacher_output)
-        if self.centering is not None:
-            self.centering.convert_logit_center_(temperature)
-            self.centering.accumulate_(*self.centering.log_sum(scores, temperature, log_normalizer=bias))
-        else:
-            self._logit_sum.accumulate_(scores.sum(dim=0) + len(scores) * temperature * bias, len(scores))
+        teacher, objective = self._teacher(teacher_output, epoch)
+        objective.accumulate_(teacher)
         if commit:
-            self._commit()
-
-    def _fused_forward(
-        self, student_output: Tensor | HeadOutput, teacher_output: Tensor | HeadOutput, epoch: int, commit: bool
-    ) -> Tensor:
-        student_head, teacher_head = self._attached()
-        student = _head_output(student_output, student_head)
-        with torch.no_grad():
-            teacher = _head_output(teacher_output, teacher_head)
-        temperature, bias = self._teacher(teacher_output, epoch)
-        targets, weights = dino_pairs(len(teacher.features) // 2, self.ncrops, device=student.features.device)
-        device = student.features.device
-        with nullcontext() if student_head.logits_dtype is None else without_autocast(device):
-            loss, log_sum, rows = prototype_cross_entropy(
-                student.features,
-                student.prototypes,
-                teacher.features,
-                teacher.prototypes,
-                student_temperature=self.student_temp,
-                teacher_temperature=temperature,
-                student_log_normalizer=student_head.log_normalizer(self.student_temp, student.norms),
-                teacher_log_normalizer=bias,
-                log_center=self._log_center(temperature),
-                targets=targets,
-                weights=weights,
-                center_on="scores" if self.centering is None else self.centering.center_on,
-            )
-        if self.centering is not None:
-            self.centering.accumulate_(log_sum, rows)
-        else:  # Eq. 8 averages logits, which are linear in the features
-            feature_sum = at_least_float32(teacher.features.detach()).sum(dim=0)
-            score_sum = teacher.prototypes.detach() @ feature_sum
-            self._logit_sum.accumulate_(score_sum + rows * temperature * bias, rows)
-        if commit:
-            self._commit()
-        return loss
-
-    def _commit(self) -> None:
-        if self.centering is not None:
             self.centering.commit_()
-        else:
-            self._logit_sum.commit_(self.center, self.center_momentum, self.process_group)
 
-    def _log_center(self, temperature: float) -> Tensor:
-        return offset_at(self.centering, None if self.centering is not None else self.center, temperature)
+    def _cross_entropy(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        logits = at_least_float32(student_logits) / self.student_temp
+        total = logits.new_zeros(())
+        for v, log_probabilities in enumerate(crop.log_softmax(dim=1) for crop in logits.chunk(self.ncrops)):
+            for u, target in enumerate(targets.chunk(2)):
+                if u != v:  # the same view of the same image teaches nothing
+                    total = total - (target * log_probabilities).sum(dim=1).mean()
+        return total / (2 * self.ncrops - 2)
 
-    def _scores(self, teacher_output: Tensor | HeadOutput) -> Tensor:
-        """<w, y> (N, K) of what the teacher's head returned."""
-        if not self.fused:
-            return at_least_float32(_rows(teacher_output))
-        teacher = _head_output(teacher_output, self._attached()[1])
-        return teacher.features @ teacher.prototypes.T
-
-    def _teacher(self, teacher_output: Tensor | HeadOutput, epoch: int) -> tuple[float, Tensor]:
-        """(temperature, log C_p of the teacher's prototypes (K,) up to a constant) for this output of the teacher."""
+    @torch.no_grad()
+    def _teacher(self, output: Tensor | HeadOutput, epoch: int) -> tuple[Tensor | HeadOutput, Objective]:
+        """The teacher's output, with its prototypes if `fused`, and how it is read at this epoch."""
         head = self._attached()[1]
-        columns = head.bottleneck_dim if self.fused else head.num_prototypes
-        shape = _rows(teacher_output).shape
+        columns = head.bottleneck_dim if self.fused else self.num_prototypes
+        shape = features_of(output).shape
         if shape[1:] != (columns,):
             raise ValueError(f"`teacher_output` (of shape {tuple(shape)}) must be (N, {columns})")
         temperature = temperature_at(self.teacher_temp_schedule, epoch)
-        norms = head.last_layer.norms if self.fused else head.last_prototype_norms
-        if isinstance(teacher_output, HeadOutput):
-            norms = teacher_output.norms
-        if norms is None:
-            raise RuntimeError("the attached teacher's head has not run: call the teacher before the loss")
-        return temperature, head.log_normalizer(temperature, norms.detach())
-
-    def _attached(self) -> tuple[VMFPrototypeHead, VMFPrototypeHead]:
-        if self._heads is None:
-            raise RuntimeError("call `attach(student, teacher)` once before the loss: it owns the heads' temperatures")
-        return self._heads
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_heads": None}  # a copy is not attached and does not carry the models along
-
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The state of DINO's loss, with `log_center` in place of `center` where centring is in probability space."""
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        rename_keys_(state, prefix, _STATE_NAMES)
-        return state
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.centering is not None:
-            rename_keys_(state_dict, prefix, _LOADED_NAMES)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _rows(output: Tensor | HeadOutput) -> Tensor:
-    return output.features if isinstance(output, HeadOutput) else output
-
-
-def _head_output(output: Tensor | HeadOutput, head: VMFPrototypeHead) -> HeadOutput:
-    """`output` with the prototypes it belongs to, which are read from the head when they did not come along."""
-    if isinstance(output, HeadOutput):
-        return output
-    return HeadOutput(output, head.last_layer.weight, head.last_layer.norms)
+        if not self.fused:
+            return features_of(output), self._objective(self.centering, temperature, head.last_prototype_norms)
+        output = with_prototypes(output, head.last_layer)
+        return output, self._objective(self.centering, temperature, output.norms)

@@ -122,14 +122,14 @@ class _TeacherSide(CentredLoss):
     def apply_center_update(self) -> None:
         """Finish a pending update of the centre, over all ranks; without one nothing happens."""
         if not self.updated:
-            self._commit()
+            self.centering.commit_()
             self.updated = True
 
     @torch.no_grad()
     def _sinkhorn_knopp(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int) -> Tensor:
         self._check_columns("teacher_output", teacher_output)
         logits = at_least_float32(teacher_output) / positive("teacher_temp", teacher_temp)
-        return sinkhorn_knopp(logits, n_iterations, self.process_group)
+        return sinkhorn_knopp(logits, n_iterations, self.centering.process_group)
 
     def _log_student(self, name: str, logits: Tensor) -> Tensor:
         """log P_s (..., K) of the student's logits (..., K), Eq. 6."""
