@@ -1,1 +1,1 @@
-"""One evaluator per file, all with the interface of `features.Evaluator`."""
+"""The evaluation protocols, a file each with the interface of `protocol.Evaluator`; `registry` names them."""

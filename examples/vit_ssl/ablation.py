@@ -1,0 +1,151 @@
+"""The six cells of the paper's Tables 1 and 8, normalisation x centring, with one command.
+
+    python examples/vit_ssl/ablation.py --recipe photos_dino_vmf --split test --output runs/ablation
+    python examples/vit_ssl/ablation.py --recipe imagenet_vits16_dino_vmf --data IMAGENET --output RUNS --dry-run
+
+pretrains what is missing, evaluates kNN, and prints one table with every seed, mean and spread. `--dry-run` prints the
+commands instead, for a cluster; once their runs are in the output directory, the same command prints the table.
+Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
+
+import tyro
+
+from config import load_recipe
+from lanes import Job, JobFailed, run_lanes
+from results import read_rows
+
+SCRIPTS = Path(__file__).parent
+NORMALIZATIONS = {"none": "None", "l2": "L2", "vmf": "vMF"}
+CENTERINGS = ("logit", "probability")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Train and compare the cells of Table 1."""
+
+    recipe: str
+    """Name of a DINO or iBOT recipe, or the path of a .yaml file; normalisation and centring are replaced."""
+    output: Path
+    """Directory of the runs."""
+    seeds: tuple[int, ...] = (0, 42)
+    """At least two, fixed before looking at any result; the paper's are 0 and 42."""
+    data: Path | None = None
+    """For recipes with `dataset: folder`, `hub` or `stream`."""
+    split: Literal["val", "test"] = "val"
+    """The split whose kNN accuracy is compared; k is chosen on val."""
+    lanes: int = 2
+    """Runs at a time, one CPU thread each."""
+    max_steps: int | None = None
+    """Stop each pretraining after this many steps, to try the whole path in less time."""
+    dry_run: bool = False
+    """Print the commands that are left to do, and run nothing."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < 2:
+            raise ValueError(f"`seeds` (={self.seeds}) must be at least two different numbers")
+        if self.lanes < 1:
+            raise ValueError(f"`lanes` (={self.lanes}) must be at least 1")
+        if (method := load_recipe(self.recipe).method) == "msn":
+            raise ValueError(
+                f"`recipe` (={self.recipe!r}) is of the method {method!r}, which has no centring to compare"
+            )
+
+    def directory(self, normalization: str, centering: str, seed: int) -> Path:
+        """Where the run of one cell lives."""
+        return self.output / f"{normalization}-{centering}-seed{seed}"
+
+    def jobs(self) -> list[Job]:
+        """What is left to do, cell by cell."""
+        todo = []
+        for seed in self.seeds:
+            for normalization in NORMALIZATIONS:
+                for centering in CENTERINGS:
+                    todo += self._cell(normalization, centering, seed)
+        return todo
+
+    def _cell(self, normalization: str, centering: str, seed: int) -> list[Job]:
+        run = self.directory(normalization, centering, seed)
+        title, log, data = run.name, run.with_suffix(".log"), [] if self.data is None else ["--data", str(self.data)]
+        todo = []
+        if not (run / "backbone").exists():
+            command = [
+                sys.executable,
+                str(SCRIPTS / "pretrain.py"),
+                "--recipe",
+                self.recipe,
+                "--output",
+                str(run),
+                *data,
+            ]
+            command += ["--seed", str(seed)]
+            command += [] if self.max_steps is None else ["--max-steps", str(self.max_steps)]
+            command += ["--resume"] if (run / "checkpoint.pt").exists() else []
+            command += ["--set", f"normalization={normalization}", f"centering={centering}"]
+            todo.append(Job(f"{title}, pretraining", command, log))
+        if accuracy(run, self.split) is None:
+            command = [sys.executable, str(SCRIPTS / "evaluate.py"), "knn", "--checkpoint", str(run), *data]
+            todo.append(Job(f"{title}, kNN", [*command, "--split", self.split], log))
+        return todo
+
+
+def main(ablation: Ablation) -> None:
+    """Do what is left to do, then print the table."""
+    jobs = ablation.jobs()
+    if ablation.dry_run:
+        print("\n".join(shlex.join(job.command) for job in jobs))
+    else:
+        try:
+            run_lanes(in_lanes(jobs, ablation.lanes))
+        except JobFailed as error:
+            sys.exit(str(error))
+    print(table(ablation))
+
+
+def in_lanes(jobs: Sequence[Job], lanes: int) -> dict[str, list[Job]]:
+    """The jobs dealt out to lanes; those of one cell stay together, in their order."""
+    cells = list(dict.fromkeys(job.log for job in jobs))
+    return {
+        f"lane {lane + 1}": [job for job in jobs if cells.index(job.log) % lanes == lane]
+        for lane in range(min(lanes, len(cells)))
+    }
+
+
+def accuracy(run: Path, split: str) -> float | None:
+    """The kNN accuracy of a run's teacher, None where it has not been evaluated; the newest one counts."""
+    path = run / "results.jsonl"
+    rows = read_rows(path) if path.exists() else []
+    found = [
+        row["value"] for row in rows if (row["protocol"], row["features"], row["split"]) == ("knn", "teacher", split)
+    ]
+    return found[-1] if found else None
+
+
+def table(ablation: Ablation) -> str:
+    """Table 8 in Markdown: per cent of every seed, their mean and standard deviation; – where a run is missing."""
+    heads = [f"{centering}, seeds {', '.join(map(str, ablation.seeds))}" for centering in CENTERINGS]
+    lines = [f"| kNN, {ablation.split} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for normalization, name in NORMALIZATIONS.items():
+        cells = []
+        for centering in CENTERINGS:
+            runs = [ablation.directory(normalization, centering, seed) for seed in ablation.seeds]
+            values = [accuracy(run, ablation.split) for run in runs]
+            known = [100 * value for value in values if value is not None]
+            shown = " ".join("–" if value is None else f"{100 * value:.2f}" for value in values)
+            summary = f" (mean {mean(known):.2f}, sd {stdev(known):.2f})" if len(known) == len(values) else ""
+            cells.append(shown + summary)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Ablation, config=(tyro.conf.FlagCreatePairsOff,)))

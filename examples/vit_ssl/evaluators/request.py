@@ -1,0 +1,127 @@
+"""What the command line asks for, and the `Evaluation` that it becomes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal
+
+from checkpoint import CHECKPOINT, Run, load_run, random_backbone
+from distributed import device, world_size
+from encoder import Encoder, as_encoder, open_encoder, reinitialized
+from evaluators.features import LIBRARY_SETS, Extraction, features_of
+from evaluators.protocol import Evaluation, Features, FeaturesOf, NotApplicable
+
+Weights = Literal["teacher", "random", "pixels"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractOptions:
+    """How images become features."""
+
+    image_size: int | None = None
+    """Side in px; by default that of the checkpoint."""
+    cache: bool = True
+    """Keep the features in OUTPUT/features/, except those of the small sets that come with libraries."""
+    half: bool = False
+    """Keep them as float16: 2 GB in place of 4 for ImageNet's train split and a ViT-B."""
+    batch_size: int = 256
+    """Images at a time, on every rank."""
+    num_workers: int | None = None
+    """Processes that read images, for every rank; by default the cores divided by the ranks, and none for the small
+    sets that come with libraries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is evaluated, and on what."""
+
+    checkpoint: str
+    """Output directory of pretrain.py, AutoModel folder or hub name, or .pth file of DINO, iBOT or MSN."""
+    features: Weights = "teacher"
+    """The checkpoint's weights, random ones (for a run: those before its first step), or raw pixels."""
+    split: Literal["val", "test"] = "val"
+    """What is reported; settings (k, C, learning rates) are chosen on val in either case."""
+    data: Path | None = None
+    """Folder of images in place of the run's own data set; retrieval and video take folders of their own kind."""
+    dataset: Literal["photos", "digits", "folder", "hub"] | None = None
+    """By default the run's own; with --data folder, or hub for a run on images of the hub."""
+    output: Path | None = None
+    """Folder of results.jsonl and whatever else protocols write; by default the run's directory."""
+    key: str = "teacher"
+    """Which network of a .pth file."""
+    heads: int | None = None
+    """Attention heads of the network in a .pth file, where it is no ViT-Ti, S, B, L or H."""
+    extract: ExtractOptions = dataclasses.field(default_factory=ExtractOptions)
+
+
+def open_evaluation(request: Request) -> Evaluation:
+    """Open the checkpoint; images are read when a protocol asks for features."""
+    run = load_run(Path(request.checkpoint), device()) if (Path(request.checkpoint) / CHECKPOINT).is_file() else None
+    if run:
+        encoder = as_encoder(run.backbone, request.checkpoint, image_size=run.recipe.image_size)
+    else:
+        encoder = open_encoder(request.checkpoint, device(), key=request.key, heads=request.heads)
+    output = request.output or (Path(request.checkpoint) if run else None)
+    if output is None:
+        raise ValueError(
+            "`output` (=None) must be a folder for the results, as the checkpoint is no run of pretrain.py"
+        )
+    if size := request.extract.image_size:
+        if size % encoder.patch_size:
+            raise ValueError(f"`image_size` (={size}) must be a multiple of the patch size, {encoder.patch_size}")
+        encoder = dataclasses.replace(encoder, image_size=size)
+    dataset = _dataset(request, run)
+    chosen = _choose(encoder, request.features, run)
+    if dataset is None:
+        features = _no_features
+    else:
+        in_library = dataset in LIBRARY_SETS
+        workers = request.extract.num_workers
+        extraction = Extraction(
+            chosen,
+            dataset,
+            request.data,
+            encoder.image_size,
+            device=device(),
+            cache=output / "features" if request.extract.cache and not in_library else None,
+            half=request.extract.half,
+            batch_size=request.extract.batch_size,
+            num_workers=(0 if in_library else (os.cpu_count() or 1) // world_size()) if workers is None else workers,
+        )
+        features = features_of(extraction)
+    # A run's head and centre belong to the weights they were trained with.
+    own = run if request.features == "teacher" else None
+    return Evaluation(chosen, features, request.split, request.data, own, output, dataset)
+
+
+def _dataset(request: Request, run: Run | None) -> str | None:
+    own = run.recipe.dataset if run else None
+    if request.dataset:
+        return request.dataset
+    if request.data:
+        return "hub" if own in ("hub", "stream") else "folder"
+    return own if own in LIBRARY_SETS else None
+
+
+def make_features(run: Run, weights: Weights = "teacher") -> FeaturesOf:
+    """The features of a run's own images, kept in memory alone."""
+    encoder = as_encoder(run.backbone, run.recipe.name, image_size=run.recipe.image_size)
+    chosen, where = _choose(encoder, weights, run), run.backbone.device
+    return features_of(Extraction(chosen, run.recipe.dataset, None, encoder.image_size, where))
+
+
+def _choose(encoder: Encoder, weights: Weights, run: Run | None) -> Encoder | None:
+    if weights == "teacher":
+        return encoder
+    if weights == "pixels":
+        return None
+    if run is None:
+        return reinitialized(encoder)
+    backbone = random_backbone(run.recipe, encoder.model.device)
+    return as_encoder(backbone, encoder.source, image_size=encoder.image_size)
+
+
+def _no_features(split: str, kind: str = "cls") -> Features:
+    raise NotApplicable("it needs images: give --data DIR, or --dataset NAME")

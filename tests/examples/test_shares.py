@@ -1,0 +1,40 @@
+"""Protocols whose work the ranks divide give the numbers of one process."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from davis_folder import write_davis
+from evaluators.protocol import Evaluation
+from evaluators.retrieval import RetrievalOptions, retrieval
+from evaluators.shares import gather, share
+from evaluators.video_segmentation import VideoOptions, video_segmentation
+from gloo import run_on_ranks
+from landmark_folder import write_landmarks
+from patch_encoder import PatchEncoder
+
+SEQUENCES = {"one": [(1, 2)], "two": [(0, 1), (4, 8)], "three": [(2, 0)]}
+
+
+def numbers_of(rank: int) -> dict[str, float]:
+    """All metrics of both protocols and the order in which items come back; each rank writes its own files."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_davis(Path(folder), SEQUENCES)
+        write_landmarks(data, "roxford5k")
+        evaluation = Evaluation(PatchEncoder(8), lambda split: None, "test", data, None, Path(folder, "output"))
+        metrics = [*retrieval(evaluation, RetrievalOptions(datasets=("roxford5k",), image_size=48, num_workers=0))]
+        metrics += video_segmentation(evaluation, VideoOptions(side=64, radius=1))
+        written = len(list(Path(folder, "output").glob("*.csv")))
+    order = gather([10 * item for item in share(range(5))])
+    return {metric.name: metric.value for metric in metrics} | {"written": written, "order": order}
+
+
+def test_two_ranks_give_the_numbers_of_one():
+    alone, (first, second) = numbers_of(0), run_on_ranks(numbers_of)
+    assert len(alone) == 8 + 7 + 2
+    assert alone.pop("written") == first.pop("written") == 1
+    assert second.pop("written") == 0, "only the main rank writes"
+    assert alone.pop("order") == first.pop("order") == second.pop("order") == [0, 10, 20, 30, 40]
+    assert first == second == pytest.approx(alone, abs=1e-12)
+    assert 0 < alone["J-Mean"] < 1
