@@ -21,14 +21,17 @@ SOURCE = ROOT / "src/vmf_heads"
 
 # Changing a line here changes the public contract: say so in CHANGELOG.md.
 SIGNATURES = """
-HeadOutput(features, prototypes, norms)
+HeadOutput(features, directions, scales)
 ProbabilityCentering(num_prototypes, momentum=0.9, *, center_on='scores', process_group=None)
 VMFPrototypeHead(in_dim, out_dim=65536, use_bn=False, norm_last_layer=False, nlayers=3, hidden_dim=2048, \
 bottleneck_dim=256, *, mlp_bias=True, temperature=0.1, normalizer='vmf', output='logits', logits_dtype=None)
 log_vmf_normalizer(kappa, p, *, relative=False, fused=None)
 prototype_cross_entropy(student_features, student_prototypes, teacher_features, teacher_prototypes, *, \
-student_temperature, teacher_temperature, student_log_normalizer=None, teacher_log_normalizer=None, log_center=None, \
-targets=None, weights=None, center_on='scores', reduction='sum', chunk_rows=None)
+student_temperature, teacher_temperature, student_scale=None, teacher_scale=None, student_log_normalizer=None, \
+teacher_log_normalizer=None, log_center=None, targets=None, weights=None, center_on='scores', reduction='sum', \
+chunk_rows=None, compiled=False)
+prototype_report(prototypes, features=None, *, scores=None, temperature=None, log_normalizer=None, log_center=None, \
+thresholds=(0.9,), void_threshold=0.9)
 set_temperature(module, temperature)
 vmf_mean_resultant(kappa, p, *, fused=None)
 """
@@ -57,20 +60,14 @@ def test_version():
 
 # From the bottom up: a module imports from rows above its own, or from its own in the order given.
 LAYERS = [
-    ["_checks", "_debye", "_distributed", "_matmul"],
+    ["_checks", "_debye", "_distributed", "_epilogues", "_matmul", "_weight_norm", "_duplicates", "_findings"],
     ["_expansion", "_fused", "special"],
     ["_prototypes", "head", "centering"],
-    ["_chunked", "cross_entropy"],
-    ["", "compat", "compat._attach", "compat._teacher", "compat._sinkhorn", "compat._centred", "compat.convert"],
-    [
-        "compat.dino",
-        "compat._ibot_head",
-        "compat.ibot",
-        "compat.lightly",
-        "compat.msn",
-        "compat.dinov2",
-        "compat.dinov3",
-    ],
+    ["_chunked", "cross_entropy", "report"],
+    ["", "compat", "compat._attach", "compat._sinkhorn", "compat._temperature", "compat.convert"],
+    ["compat._centre", "compat._objective", "compat._attached", "compat._centred"],
+    ["compat.dino", "compat._ibot_head", "compat._ibot_tokens", "compat.ibot", "compat.msn"],
+    ["compat._lightly_heads", "compat._lightly_patches", "compat.lightly", "compat.dinov2", "compat.dinov3"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 
@@ -88,7 +85,8 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package[: len(package) - node.level + 1] if node.level else []
-            found = [".".join([*parents, *([node.module] if node.module else [])])]
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            found = [".".join([*parents, module]) for module in modules]
         else:
             continue
         for name in found:

@@ -3,6 +3,7 @@
 from .centering import ProbabilityCentering
 from .cross_entropy import prototype_cross_entropy
 from .head import HeadOutput, VMFPrototypeHead, set_temperature
+from .report import prototype_report
 from .special import log_vmf_normalizer, vmf_mean_resultant
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "VMFPrototypeHead",
     "log_vmf_normalizer",
     "prototype_cross_entropy",
+    "prototype_report",
     "set_temperature",
     "vmf_mean_resultant",
 ]
