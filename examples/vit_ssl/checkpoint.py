@@ -3,71 +3,72 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import ViTModel
 
 from backbone import build_backbone
-from config import Recipe, recipe_from_dict
-from methods.dino import DINO
+from checkpoint_file import CHECKPOINT, PREVIOUS, load_checkpoint, save_checkpoint
+from config import Recipe
+from methods import build_method
+from methods.method import Method
 from metrics import METRICS
-from vmf_heads import VMFPrototypeHead
-from vmf_heads.compat.dino import DINOLoss
 
-CHECKPOINT = "checkpoint.pt"
-RUN_FILES = (CHECKPOINT, "recipe.yaml", METRICS, "results.jsonl", "backbone")
+__all__ = [
+    "CHECKPOINT",
+    "PREVIOUS",
+    "RUN_FILES",
+    "Run",
+    "load_checkpoint",
+    "load_run",
+    "random_backbone",
+    "save_checkpoint",
+]
+
+RUN_FILES = (CHECKPOINT, PREVIOUS, "recipe.yaml", METRICS, "results.jsonl", "backbone")
 """What makes a directory a run: pretraining refuses to start a new one where any of these exist."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A pretrained model as it is evaluated: the EMA teacher, in eval mode and without gradients."""
+    """A pretrained model as it is evaluated: in eval mode and without gradients."""
 
     recipe: Recipe
-    backbone: ViTModel
-    head: VMFPrototypeHead
-    loss: DINOLoss  # attached, with its centre
+    method: Method  # attached
     step: int  # training steps done
     epoch: int  # epochs done, whole ones
 
+    @property
+    def backbone(self) -> ViTModel:
+        """The EMA teacher's."""
+        return self.method.teacher.backbone
 
-def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
-    """Replace DIRECTORY/checkpoint.pt atomically: whenever the process dies, a whole checkpoint is there.
+    @property
+    def head(self) -> nn.Module:
+        """The EMA teacher's, which returns what `loss` takes."""
+        return self.method.teacher.head
 
-    `state` holds `recipe`, `method` (a state dict), `step`, `epoch` and what training needs besides.
-    """
-    partial = directory / f"{CHECKPOINT}.partial"
-    with partial.open("wb") as file:
-        torch.save({**state, "recipe": dataclasses.asdict(state["recipe"])}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(directory / CHECKPOINT)
-
-
-def load_checkpoint(directory: Path) -> dict[str, Any]:
-    """The training state in DIRECTORY/checkpoint.pt, on the CPU; no code in the file is executed."""
-    path = Path(directory) / CHECKPOINT
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: expected the --output directory of a pretraining run")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state["recipe"] = recipe_from_dict(state["recipe"], source=str(path))
-    return state
+    @property
+    def loss(self) -> nn.Module:
+        """The method's loss, with its centre."""
+        return self.method.loss
 
 
 def load_run(directory: str | Path, device: str | torch.device = "cpu") -> Run:
-    """Open the last checkpoint of the run in `directory` for evaluation.
+    """Open the last checkpoint of the run in `directory` for evaluation, however many processes wrote it.
 
     Raises FileNotFoundError when there is none.
     """
-    state = load_checkpoint(Path(directory))
-    method = DINO(state["recipe"]).to(device)
+    state: dict[str, Any] = load_checkpoint(Path(directory))
+    # Not fused: heads return scores and the loss takes them, as an evaluation wants to see them.
+    method = build_method(dataclasses.replace(state["recipe"], fused_loss=False)).to(device)
     method.load_state_dict(state["method"])
+    method.attach()
     method.requires_grad_(False).eval()
-    teacher = method.teacher
-    return Run(state["recipe"], teacher.backbone, teacher.head, method.loss, state["step"], state["epoch"])
+    return Run(state["recipe"], method, state["step"], state["epoch"])
 
 
 def random_backbone(recipe: Recipe, device: str | torch.device = "cpu") -> ViTModel:

@@ -47,3 +47,18 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that prints and writes files."""
     return rank() == 0
+
+
+def gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """The vectors (n,) of all processes as rows (world_size, n), on each of them."""
+    if not dist.is_initialized():
+        return values.unsqueeze(0)
+    rows = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(rows, values)
+    return torch.stack(rows)
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()

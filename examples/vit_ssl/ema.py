@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, in place, for parameters and floating-point buffers.
 
-    Other buffers, such as the step counter of a BatchNorm, cannot be averaged and are copied. Raises ValueError when
-    the two do not hold the same tensors, by number and shape.
+    Other buffers, such as the step counter of a BatchNorm, cannot be averaged and are copied. Under FSDP2, where both
+    are cut alike, every process averages its own part. Raises ValueError when the two do not hold the same tensors, by
+    number and shape.
     """
-    ours = [*teacher.parameters(), *teacher.buffers()]
-    theirs = [*student.parameters(), *student.buffers()]
+    ours = [local(tensor) for tensor in (*teacher.parameters(), *teacher.buffers())]
+    theirs = [local(tensor) for tensor in (*student.parameters(), *student.buffers())]
     if [t.shape for t in ours] != [s.shape for s in theirs]:
         raise ValueError(
             "`teacher` and `student` must hold parameters and buffers of the same shapes in the same order"
@@ -24,3 +25,8 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
             target.lerp_(source, 1 - momentum)
         else:
             target.copy_(source)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process' part of a tensor that FSDP2 has cut; any other tensor as it is. Changes in place reach it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -35,7 +35,8 @@ def open_set(name: str, split: str, *, streaming: bool = False) -> tuple[Any, st
 
     Raises:
         ImportError: `datasets` is not installed.
-        ValueError: the set has no such split, no column of images or several label columns.
+        FileNotFoundError: the set has no such split.
+        ValueError: it has no column of images or several label columns.
     """
     try:
         import datasets
@@ -44,7 +45,7 @@ def open_set(name: str, split: str, *, streaming: bool = False) -> tuple[Any, st
     known = datasets.get_dataset_split_names(name)
     found = [candidate for candidate in SPLIT_NAMES[split] if candidate in known]
     if not found:
-        raise ValueError(f"`data` (={name!r}) has no {split!r} split; it has {', '.join(known)}")
+        raise FileNotFoundError(f"`data` (={name!r}) has no {split!r} split; it has {', '.join(known)}")
     rows = datasets.load_dataset(name, split=found[0], streaming=streaming)
     images = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
     labels = [column for column, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]

@@ -9,13 +9,18 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def postponed_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying in the middle of a step; a second one has its usual effect."""
+def postponed_signals(*, ignore_repeats: bool = False) -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying in the middle of a step.
+
+    A second one has its usual effect, unless `ignore_repeats`: a process of torchrun may get the same one from the
+    terminal or the batch system and from torchrun, which ends with SIGKILL what does not stop within 30 seconds.
+    """
     received: list[int] = []
 
     def note(signum: int, _frame: FrameType | None) -> None:
         received.append(signum)
-        signal.signal(signum, previous[signum])
+        if not ignore_repeats:
+            signal.signal(signum, previous[signum])
 
     previous = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,9 @@ import torch
 from torch import nn
 
 from backbone import cls_token
-from checkpoint import CHECKPOINT, load_checkpoint, load_run, random_backbone, save_checkpoint
+from checkpoint import CHECKPOINT, PREVIOUS, load_checkpoint, load_run, random_backbone, save_checkpoint
 from config import Recipe, load_recipe
-from methods.dino import DINO
+from methods import Method, build_method
 
 
 @pytest.fixture
@@ -17,14 +18,16 @@ def recipe() -> Recipe:
     return load_recipe("photos_dino_vmf", {"hidden_size": 16, "out_dim": 8, "num_hidden_layers": 1, "seed": 3})
 
 
-def state_of(method: DINO, recipe: Recipe) -> dict[str, Any]:
+def state_of(method: Method, recipe: Recipe) -> dict[str, Any]:
     return {"recipe": recipe, "method": method.state_dict(), "step": 7, "epoch": 2}
 
 
 def test_a_run_is_the_teacher_with_its_head_loss_and_centre(recipe: Recipe, tmp_path: Path) -> None:
-    method = DINO(recipe)
+    method = build_method(dataclasses.replace(recipe, fused_loss=False))
+    method.attach()
     nn.init.normal_(method.teacher.head.last_layer.weight_g)
-    method.train()([torch.randn(4, 3, 32, 32)] * 2 + [torch.randn(4, 3, 16, 16)] * 2, 0)  # moves the centre
+    crops = [torch.randn(4, 3, 32, 32)] * 2 + [torch.randn(4, 3, 16, 16)] * 2
+    method.train()({"crops": crops}, 0)  # moves the centre
     save_checkpoint(tmp_path, state_of(method, recipe))
     run = load_run(tmp_path)
     assert (run.recipe, run.step, run.epoch) == (recipe, 7, 2)
@@ -41,14 +44,14 @@ def test_a_run_is_the_teacher_with_its_head_loss_and_centre(recipe: Recipe, tmp_
 
 def test_the_random_backbone_is_the_students_before_its_first_step(recipe: Recipe) -> None:
     random_weights = random_backbone(recipe).state_dict()
-    initial = DINO(recipe).student.backbone.state_dict()
+    initial = build_method(recipe).student.backbone.state_dict()
     assert random_weights.keys() == initial.keys()
     assert all(torch.equal(random_weights[name], initial[name]) for name in initial)
 
 
 def test_building_leaves_the_global_generator_alone(recipe: Recipe) -> None:
     before = torch.get_rng_state()
-    DINO(recipe)
+    build_method(recipe)
     random_backbone(recipe)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -72,6 +75,17 @@ def test_a_save_that_dies_leaves_the_previous_checkpoint(
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path, {"recipe": recipe, "step": 2})
     assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_the_checkpoint_before_the_last_is_kept(recipe: Recipe, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, {"recipe": recipe, "step": step})
+    assert load_checkpoint(tmp_path)["step"] == 3
+    (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:-500])
+    with pytest.raises(OSError, match=r"checkpoint.pt is damaged \(.*\); mv .*previous.pt .*checkpoint.pt$"):
+        load_checkpoint(tmp_path)
+    (tmp_path / PREVIOUS).replace(tmp_path / CHECKPOINT)
+    assert load_checkpoint(tmp_path)["step"] == 2
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:

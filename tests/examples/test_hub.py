@@ -97,7 +97,7 @@ def test_a_set_without_labels_is_one_class(tmp_path):
 
 
 def test_an_unknown_split_names_those_there_are(parquet):
-    with pytest.raises(ValueError, match=r"`data` \(=.*\) has no 'test' split; it has train, validation"):
+    with pytest.raises(FileNotFoundError, match=r"`data` \(=.*\) has no 'test' split; it has train, validation"):
         open_set(parquet, "test")
 
 

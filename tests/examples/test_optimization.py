@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from config import load_recipe
-from methods.dino import DINO
-from optimization import clip_gradients, parameter_groups
+from methods import build_method
+from optimization import clip_gradients, drop_last_layer_gradients, parameter_groups
 
 
 def test_dinos_parameter_groups_cover_every_trained_parameter_once() -> None:
-    student = DINO(load_recipe("photos_dino_vmf", {"hidden_size": 16, "out_dim": 8})).student
+    student = build_method(load_recipe("photos_dino_vmf", {"hidden_size": 16, "out_dim": 8})).student
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in parameter_groups(student))
     assert decayed | plain == set(names.values())
@@ -20,8 +20,16 @@ def test_dinos_parameter_groups_cover_every_trained_parameter_once() -> None:
     assert plain == {name for name in names.values() if name.endswith(".bias") or ".layernorm" in f".{name}"}
 
 
+def test_prototypes_need_not_decay() -> None:
+    student = build_method(load_recipe("photos_dino_vmf", {"hidden_size": 16, "out_dim": 8})).student
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    of_dino, of_msn = (parameter_groups(student, decay_prototypes=decay)[0]["params"] for decay in (True, False))
+    kept = {names[id(p)] for p in of_dino} - {names[id(p)] for p in of_msn}
+    assert kept == {"head.last_layer.weight_g", "head.last_layer.weight_v"}
+
+
 def test_frozen_parameters_are_in_no_group() -> None:
-    student = DINO(load_recipe("photos_dino", {"normalization": "l2"})).student
+    student = build_method(load_recipe("photos_dino", {"normalization": "l2"})).student
     trained = [parameter for group in parameter_groups(student) for parameter in group["params"]]
     assert all(parameter is not student.head.last_layer.weight_g for parameter in trained)
 
@@ -45,3 +53,18 @@ def test_zero_means_no_clipping() -> None:
     network = network_with_gradients(300.0)
     clip_gradients(network, 0.0)
     assert network[0].grad.norm().item() == pytest.approx(300.0)
+
+
+def test_all_gradients_clipped_as_one() -> None:
+    network = network_with_gradients(3.0, 4.0)
+    assert clip_gradients(network, 1.0, over="network").item() == pytest.approx(5.0)
+    assert [parameter.grad.norm().item() for parameter in network] == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+def test_the_last_layer_stays_where_it_is_without_gradients() -> None:
+    student = build_method(load_recipe("photos_dino_vmf", {"hidden_size": 16, "out_dim": 8})).student
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    drop_last_layer_gradients(student)
+    without = {name for name, parameter in student.named_parameters() if parameter.grad is None}
+    assert without == {"head.last_layer.weight_g", "head.last_layer.weight_v"}

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +16,8 @@ from transformers import AutoModel
 import pretrain
 from backbone import cls_token
 from checkpoint import load_checkpoint, load_run
-from loading import epoch_batches
+from collapse import TrainingCollapsed
+from devices import DEVICES
 from metrics import METRICS
 from pretrain import Options
 
@@ -29,8 +29,16 @@ TINY += ("freeze_last_layer_epochs=0", "save_every=1", "precision=float32")
 STEPS_PER_EPOCH = 33
 
 
+@pytest.fixture
+def device() -> str:
+    return "cpu"
+
+
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
+def on_one_core(device: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if device == "cpu":  # also where there is a GPU, on which the same run has other last bits
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of a sum, and so its last bits, depend on the number of threads
     yield
@@ -50,7 +58,8 @@ def without_timing(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in log]
 
 
-def test_a_run_leaves_rows_checkpoint_and_backbone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_leaves_rows_checkpoint_and_backbone(device: str, tmp_path: Path) -> None:
     log = run(tmp_path, max_steps=3)
     assert [row["step"] for row in log] == [1, 2, 3]
     for row in log:
@@ -146,12 +155,43 @@ def test_interrupted_in_the_middle_of_an_epoch_and_resumed(signum: signal.Signal
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 2; .* a smaller `lr` \(=1e\+38\)"):
+    message = r"step 2: the loss is (nan|inf); .* a smaller `lr` \(=1e\+38\).* keeps the checkpoint of step 0"
+    with pytest.raises(FloatingPointError, match=message):
         run(tmp_path, "lr=1e38")
     state = load_checkpoint(tmp_path)
     assert state["step"] == 0
     assert all(value.isfinite().all() for value in state["method"].values())
     assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+def test_a_run_made_to_collapse_is_stopped(tmp_path: Path) -> None:
+    # A centre that never moves is no centring.
+    message = r"step \d+: collapse, for 40 steps now: one prototype.*`center_momentum`.* keeps the checkpoint of step"
+    with pytest.raises(TrainingCollapsed, match=message):
+        run(tmp_path, "center_momentum=1", "epochs=8", collapse_window=40)
+    log = rows(tmp_path)
+    entropies = [row["marginal_entropy"] for row in log]
+    assert entropies[-1] < 0.5 * entropies[0]
+    assert load_checkpoint(tmp_path)["step"] <= len(log) - 39  # of an epoch's end before it looked collapsed
+
+
+def test_a_run_that_learns_is_not_stopped(tmp_path: Path) -> None:
+    # What `make demo` trains, shortened, with a window that leaves nothing to chance.
+    pretrain.main(Options("photos_dino_vmf", tmp_path, max_steps=25, collapse_window=2, overrides=("warmup_epochs=0",)))
+    assert len(rows(tmp_path)) == 25
+
+
+def test_fewer_rows_are_written_on_request(tmp_path: Path) -> None:
+    assert [row["step"] for row in run(tmp_path / "some", max_steps=5, log_every=2)] == [2, 4, 5]
+    assert [row["step"] for row in run(tmp_path / "some", max_steps=8, log_every=3, resume=True)] == [2, 4, 5, 6, 8]
+
+
+def test_accumulated_micro_batches_make_the_same_run(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", "drop_path=0", max_steps=3)
+    parts = run(tmp_path / "parts", "drop_path=0", max_steps=3, accumulate=4)
+    for name in ("loss", "grad_norm", "target_entropy", "kl", "center_entropy"):
+        assert [row[name] for row in parts] == pytest.approx([row[name] for row in whole], rel=1e-3)
+    assert [row["prototypes_used"] for row in parts] < [row["prototypes_used"] for row in whole]  # of 8 images each
 
 
 def test_an_output_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -189,10 +229,15 @@ def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
     ("overrides", "options", "message"),
     [
         ((), {"max_steps": 0}, r"`max_steps` \(=0\) must be at least 1"),
+        ((), {"collapse_window": -1}, r"`collapse_window` \(=-1\) must be at least 0"),
+        ((), {"accumulate": 0}, r"`accumulate` \(=0\) must be at least 1"),
+        ((), {"accumulate": 5}, r"`batch_size` \(=32\) must be a multiple of 5: 1 processes x `accumulate` \(=5\)"),
+        ((), {"strategy": "fsdp2"}, r"`strategy` \(='fsdp2'\) needs torchrun"),
+        ((), {"images_per_epoch": 9}, r"`images_per_epoch` \(=9\) is only for `dataset` 'stream'"),
         (("lr",), {}, r"`--set` \(='lr'\) must be FIELD=VALUE"),
         (("speed=1",), {}, r"unknown fields speed"),
         (("batch_size=4096",), {}, r"`batch_size` \(=4096\) must be at most the number of images \(=1077\)"),
-        ((), {"data": Path("somewhere")}, r"`data` \(='somewhere'\) is only for the data set 'folder'"),
+        ((), {"data": Path("somewhere")}, r"`data` \(='somewhere'\) is only for the data sets 'folder' and 'hub'"),
     ],
 )
 def test_bad_options_leave_no_output(
@@ -201,18 +246,3 @@ def test_bad_options_leave_no_output(
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "output", *overrides, **options)
     assert not (tmp_path / "output").exists()
-
-
-def test_torchrun_with_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"`WORLD_SIZE` \(=2\) must be 1: this script trains in one process"):
-        run(tmp_path)
-
-
-def test_batches_are_a_permutation_of_the_images_drawn_from_seed_and_epoch() -> None:
-    batches = epoch_batches(103, 10, seed=0, epoch=1)
-    assert [len(batch) for batch in batches] == [10] * 10
-    assert len(np.unique(batches)) == 100
-    assert batches == epoch_batches(103, 10, seed=0, epoch=1)
-    assert batches != epoch_batches(103, 10, seed=0, epoch=2)
-    assert batches != epoch_batches(103, 10, seed=1, epoch=1)

@@ -38,3 +38,17 @@ def test_schedules_of_a_recipe() -> None:
     np.testing.assert_allclose(schedules.weight_decay, decay, rtol=1e-12)
     momentum = dino_cosine(recipe.momentum_teacher, 1.0, 10, 5)
     np.testing.assert_allclose(schedules.teacher_momentum, momentum, rtol=1e-12)
+
+
+def test_stretched_schedules_are_cut_off_as_msns() -> None:
+    changes = {"epochs": 8, "warmup_epochs": 2, "warmup_start_lr": 2e-4, "schedule_stretch": 1.25}
+    recipe = load_recipe("photos_dino_vmf", changes | {"momentum_schedule": "linear", "momentum_teacher": 0.9})
+    schedules = Schedules.of(recipe, steps_per_epoch=5)
+    peak = recipe.lr * recipe.batch_size / 256
+    assert len(schedules.lr) == len(schedules.weight_decay) == len(schedules.teacher_momentum) == 40
+    np.testing.assert_allclose(schedules.lr[:10], np.linspace(2e-4, peak, 10), rtol=1e-12)
+    # MSN's public code, per step: cosines over 1.25 x the run after the warm-up, momentum by equal increments.
+    progress = (np.arange(10, 40) - 10) / (50 - 10)
+    expected = recipe.min_lr + (peak - recipe.min_lr) * 0.5 * (1 + np.cos(np.pi * progress))
+    np.testing.assert_allclose(schedules.lr[10:], expected, rtol=1e-12)
+    np.testing.assert_allclose(schedules.teacher_momentum, 0.9 + 0.1 / 50 * np.arange(40), rtol=1e-12)

@@ -1,0 +1,126 @@
+"""Runs that are stopped from outside, in whole processes: SIGKILL while saving, SIGTERM to one of two ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pretrain
+from checkpoint import load_checkpoint
+from checkpoint_file import CHECKPOINT
+from metrics import METRICS
+from pretrain import Options
+
+# 33 steps an epoch, of milliseconds each.
+TINY = ("dataset=digits", "batch_size=32", "epochs=20", "warmup_epochs=0", "teacher_temp_warmup_epochs=1", "lr=0.01")
+TINY += ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=2", "out_dim=32", "hidden_dim=16")
+TINY += ("bottleneck_dim=8", "image_size=16", "local_size=8", "num_local_crops=1", "save_every=1", "precision=float32")
+STEPS_PER_EPOCH = 33
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT["PYTHONPATH"] = str(Path(pretrain.__file__).parent)
+
+# The third save is the one at the end of the second epoch.
+DIES_WHILE_SAVING = """
+import io, os, signal, sys
+from pathlib import Path
+import torch
+import pretrain
+
+save, saves = torch.save, []
+
+def half(state, file):
+    saves.append(state)
+    if len(saves) < 3:
+        return save(state, file)
+    save(state, whole := io.BytesIO())
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = half
+pretrain.main(pretrain.Options("photos_dino_vmf", Path(sys.argv[1]), overrides=tuple(sys.argv[2:]), collapse_window=0))
+"""
+
+
+@pytest.fixture(autouse=True)
+def on_one_core(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # runs are compared bit by bit
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(output: Path, overrides: tuple[str, ...], max_steps: int, *, resume: bool = False) -> None:
+    # So small a network may well collapse, which is not what is asked here.
+    options = {"max_steps": max_steps, "resume": resume, "collapse_window": 0}
+    pretrain.main(Options("photos_dino_vmf", output, overrides=overrides, **options))
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    log = [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in log]
+
+
+@pytest.mark.slow
+def test_killed_while_saving_and_resumed_at_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    overrides, last = (*TINY, "drop_path=0.2"), STEPS_PER_EPOCH + 5
+    run(tmp_path / "whole", overrides, last)
+    output = tmp_path / "killed"
+    command = [sys.executable, "-c", DIES_WHILE_SAVING, str(output), *overrides]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (output / f"{CHECKPOINT}.partial").stat().st_size < 0.6 * (output / CHECKPOINT).stat().st_size
+    assert len(rows(output)) == 2 * STEPS_PER_EPOCH
+    assert load_checkpoint(output)["step"] == STEPS_PER_EPOCH
+    run(output, overrides, last, resume=True)
+    assert rows(output) == rows(tmp_path / "whole")
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The training processes of a torchrun, by their command lines."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if pretrain.__file__ in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks through Linux' /proc")
+def test_one_rank_is_told_to_stop_and_one_process_continues(tmp_path: Path) -> None:
+    output = tmp_path / "ranks"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [pretrain.__file__, "--recipe", "photos_dino_vmf", "--output", str(output), "--strategy", "fsdp2"]
+    process = subprocess.Popen(
+        [*command, "--tensorboard", "--collapse-window", "0", "--set", *TINY],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (output / METRICS).exists() or len((output / METRICS).read_text().splitlines()) < 5:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second = workers_of(process)[1]
+    os.kill(second, signal.SIGTERM)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode != 0, errors  # so that a batch system does not think it finished
+    step = load_checkpoint(output)["step"]
+    assert 5 <= step
+    assert printed.count(f"SIGTERM: saved step {step} in {output}; continue with --resume") == 1
+    assert [row["step"] for row in rows(output)] == list(range(1, step + 1))
+    assert list((output / "tensorboard").iterdir())
+
+    run(output, TINY, step + 3, resume=True)
+    run(tmp_path / "whole", TINY, step + 3)
+    ours, theirs = ([row["loss"] for row in rows(folder)] for folder in (output, tmp_path / "whole"))
+    assert ours[:3] == pytest.approx(theirs[:3], rel=1e-4)
+    # Rounding grows from step to step, but another batch or centre would be far off.
+    assert ours[-3:] == pytest.approx(theirs[-3:], rel=0.05)
