@@ -1,11 +1,19 @@
 """`python -m benchmarks NAME [options]`; every benchmark writes its figures to benchmarks/results/."""
 
+import sys
+from pathlib import Path
+
 import tyro
 
+# The examples are scripts: their folder is what Python puts first when one of them is run.
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
+
+from benchmarks.augment import augment
 from benchmarks.loss import loss
 from benchmarks.normalizer import normalizer
+from benchmarks.step import step
 
-COMMANDS = {"normalizer": normalizer, "loss": loss}
+COMMANDS = {"normalizer": normalizer, "loss": loss, "augment": augment, "step": step}
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m benchmarks")

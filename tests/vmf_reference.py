@@ -15,6 +15,13 @@ def log_normalizer(kappa: Tensor, p: int) -> Tensor:
     return order * kappa.log() - p / 2 * math.log(2 * math.pi) - (bessel.log() + kappa)
 
 
+def with_gradient(norms: Tensor, p: int, temperature: float) -> Tensor:
+    """log C_p(norms / temperature) whose gradient is that of Eq. 5: -A_p(kappa) / temperature, a ratio of Bessels."""
+    kappa = (norms / temperature).detach()
+    ratio = torch.as_tensor(scipy.special.ive(p / 2, kappa.numpy()) / scipy.special.ive(p / 2 - 1, kappa.numpy()))
+    return log_normalizer(kappa, p) - ratio * (norms - norms.detach()) / temperature
+
+
 def log_student(scores: Tensor, norms: Tensor, p: int, temperature: float) -> Tensor:
     """Eq. 6: log P_s (B, K) of raw scores <w_k, y_b>."""
     return (scores / temperature + log_normalizer(norms / temperature, p)).log_softmax(dim=1)

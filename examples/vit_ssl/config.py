@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from method_settings import IBOTSettings, MSNSettings
+from settings import Ranges, check_fields, check_ranges, flat, is_share, plain, read_settings
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -22,8 +24,8 @@ class Recipe:
     """
 
     name: str
-    method: Literal["dino"]
-    dataset: Literal["photos", "digits", "folder"]
+    method: Literal["dino", "ibot", "msn"]
+    dataset: Literal["photos", "digits", "folder", "hub", "stream"]
     seed: int
     num_workers: int  # data loading processes; changes the speed, never the result
     precision: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 autocast on CUDA, float32 elsewhere
@@ -36,8 +38,10 @@ class Recipe:
     global_scale: tuple[float, float]
     local_scale: tuple[float, float]
     color_strength: float  # 1: the colour jitter of DINO and BYOL; 0: none
+    saturation: float  # the jitter of the saturation at strength 1; DINO 0.2, MSN 0.4
     blur_strength: float  # 1: the Gaussian blur radii of DINO, meant for 224 pixels; 0: none
-    solarize_prob: float  # of the second global view; DINO 0.2
+    blur_prob: tuple[float, float, float]  # of the first global view, the other global ones, the local ones
+    solarize_prob: float  # of the global views but the first; DINO 0.2
     grayscale_prob: float  # of every view; DINO 0.2
 
     # Backbone: a transformers ViTModel.
@@ -49,7 +53,7 @@ class Recipe:
     drop_path: float  # stochastic depth of the student's last layer, rising linearly from 0 at the first
 
     # Projection head and prototypes.
-    normalization: Literal["none", "l2", "vmf"]  # of the prototypes, Table 1
+    normalization: Literal["none", "l2", "vmf"]  # of the prototypes, Table 1; MSN's own is l2
     out_dim: int  # prototypes, K
     hidden_dim: int
     bottleneck_dim: int
@@ -57,12 +61,13 @@ class Recipe:
     use_bn_in_head: bool
 
     # Loss.
-    centering: Literal["logit", "probability"]  # Eq. 8 or Eq. 9
-    center_momentum: float
+    centering: Literal["logit", "probability", "none"]  # Eq. 8, Eq. 9, or none, as in MSN, which has me-max instead
+    center_momentum: float  # without effect where there is no centre
     student_temp: float
     teacher_temp_warmup: float
     teacher_temp: float
     teacher_temp_warmup_epochs: int
+    fused_loss: bool  # loss and gradients without the (N, K) logits: less memory, the same numbers to rounding
 
     # Optimisation.
     epochs: int
@@ -70,43 +75,70 @@ class Recipe:
     lr: float  # peak for a batch of 256; the peak used is lr * batch_size / 256
     min_lr: float  # at the last step, not scaled
     warmup_epochs: int
+    warmup_start_lr: float  # at the first step, not scaled; DINO 0
     weight_decay: float
     weight_decay_end: float
-    momentum_teacher: float  # of the EMA teacher, rising to 1 on a cosine
+    decay_prototypes: bool  # whether the weight decay is for prototypes, too; DINO and iBOT yes, MSN no
+    momentum_teacher: float  # of the EMA teacher, rising to 1
+    momentum_schedule: Literal["cosine", "linear"]  # how it rises; MSN linearly
+    schedule_stretch: float  # lr, weight decay and momentum end after so many times `epochs`; DINO 1, MSN 1.25
     freeze_last_layer_epochs: int
-    clip_grad: float  # largest gradient norm of each parameter; 0: no clipping
+    clip_grad: float  # largest gradient norm; 0: no clipping
+    clip_grad_over: Literal["parameter", "network"]  # whose norm that is: of each parameter, or as in MSN of all
+
+    # What only one method has; null for the others.
+    ibot: IBOTSettings | None
+    msn: MSNSettings | None
 
     def __post_init__(self) -> None:
-        for names, allowed, is_allowed in _RANGES:
-            self._check(names, allowed, is_allowed)
+        check_ranges(self, _RANGES)
         whole_patches = f"a multiple of `patch_size` (={self.patch_size})"
-        self._check(("image_size", "local_size"), whole_patches, lambda size: size % self.patch_size == 0)
+        check_fields(self, ("image_size", "local_size"), whole_patches, lambda size: size % self.patch_size == 0)
         whole_heads = f"a multiple of `num_attention_heads` (={self.num_attention_heads})"
-        self._check(("hidden_size",), whole_heads, lambda size: size % self.num_attention_heads == 0)
+        check_fields(self, ("hidden_size",), whole_heads, lambda size: size % self.num_attention_heads == 0)
         within = f"at most `epochs` (={self.epochs})"
-        self._check(("warmup_epochs", "teacher_temp_warmup_epochs"), within, lambda epochs: epochs <= self.epochs)
+        check_fields(self, ("warmup_epochs", "teacher_temp_warmup_epochs"), within, lambda n: n <= self.epochs)
+        self._check_method()
 
-    def _check(self, names: Iterable[str], allowed: str, is_allowed: Callable[[Any], bool]) -> None:
-        for name in names:
-            if not is_allowed(getattr(self, name)):
-                raise ValueError(f"`{name}` (={getattr(self, name)}) must be {allowed}")
+    def _check_method(self) -> None:
+        of_method = f"with `method` (={self.method!r})"
+        for name in ("ibot", "msn"):
+            if self.method == name and getattr(self, name) is None:
+                raise ValueError(f"`{name}` (=None) must hold that method's settings {of_method}")
+            if self.method != name and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` must be null {of_method}")
+        if self.method == "msn":
+            check_fields(self, ("centering",), f"'none' {of_method}", lambda centering: centering == "none")
+            check_fields(self, ("normalization",), f"'l2' or 'vmf' {of_method}", lambda kind: kind != "none")
+            check_fields(self, ("fused_loss",), f"false {of_method}, whose K is small", lambda fused: not fused)
+        else:
+            check_fields(self, ("centering",), f"'logit' or 'probability' {of_method}", lambda kind: kind != "none")
+        if self.ibot is not None:
+            start, shared = self.ibot.mask_start_epoch, self.ibot.shared_head
+            left = f"at most `epochs` (={self.epochs}) - `ibot.mask_start_epoch` (={start})"
+            check_fields(self, ("teacher_temp_warmup_epochs",), left, lambda epochs: epochs <= self.epochs - start)
+            same = f"`out_dim` (={self.out_dim}) with a shared head"
+            check_fields(
+                self.ibot, ("patch_out_dim",), same, lambda size: not shared or size == self.out_dim, section="ibot."
+            )
 
 
 _COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "out_dim", "hidden_dim", "bottleneck_dim")
 _SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers")
 _NOT_NEGATIVE = ("seed", "num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
-_NOT_NEGATIVE += ("teacher_temp_warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad")
-_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+_NOT_NEGATIVE += ("teacher_temp_warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "warmup_start_lr")
+_RANGES: Ranges = (
     (_COUNTS + _SIZES, "at least 1", lambda value: value >= 1),
     (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
     (("lr", "initializer_range", "student_temp", "teacher_temp", "teacher_temp_warmup"), "positive", lambda x: x > 0),
-    (("momentum_teacher", "center_momentum"), "in [0, 1]", lambda value: 0 <= value <= 1),
+    (("momentum_teacher", "center_momentum"), "in [0, 1]", is_share),
     (("drop_path",), "in [0, 1)", lambda value: 0 <= value < 1),
+    (("schedule_stretch",), "at least 1", lambda value: value >= 1),
 )
 
 
 def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read recipes/NAME.yaml, or the file at a path, with some fields replaced.
+    """Read recipes/NAME.yaml, or the file at a path, with some fields replaced; "msn.patch_drop" is one in a section.
 
     Raises FileNotFoundError naming the recipes there are, and ValueError for missing, unknown or mistyped fields.
     """
@@ -119,47 +151,26 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     settings = yaml.safe_load(path.read_text())
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold `field: value` lines")
-    return recipe_from_dict({**settings, **(overrides or {})}, source=path.name)
+    for name, value in (overrides or {}).items():
+        section, _, field = name.rpartition(".")
+        if section and not isinstance(settings.get(section), dict):
+            raise ValueError(f"{path.name}: no section {section} to set {field} in")
+        (settings[section] if section else settings)[field] = value
+    return recipe_from_dict(settings, source=path.name)
 
 
 def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """The recipe with these settings; every field must be there, with a value of the field's type."""
-    types = typing.get_type_hints(Recipe)
-    if unknown := sorted(settings.keys() - types.keys()):
-        raise ValueError(f"{source}: unknown fields {', '.join(unknown)}; the fields are {', '.join(types)}")
-    if missing := [name for name in types if name not in settings]:
-        raise ValueError(f"{source}: missing fields {', '.join(missing)}")
-    return Recipe(**{name: _typed(name, settings[name], kind) for name, kind in types.items()})
+    return read_settings(Recipe, settings, source)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write every setting; `load_recipe(path)` gives the same recipe."""
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(recipe).items()}
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    path.write_text(yaml.safe_dump(plain(recipe), sort_keys=False))
 
 
 def differences(requested: Recipe, saved: Recipe) -> list[str]:
     """One line for each field that makes the two recipes different runs (`num_workers` does not)."""
-    pairs = [
-        (name, getattr(requested, name), getattr(saved, name)) for name in vars(requested) if name != "num_workers"
-    ]
-    return [f"{name}: {there!r} in the run, {here!r} requested" for name, here, there in pairs if here != there]
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, typing.get_args(kind)))}")
-        return value
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            raise ValueError(f"`{name}` (={value!r}) must be a pair of numbers")
-        return tuple(_typed(name, item, float) for item in value)
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-3, without a dot, as text
-        except (TypeError, ValueError):
-            pass
-    elif type(value) is kind:
-        return value
-    raise ValueError(f"`{name}` (={value!r}) must be of type {kind.__name__}")
+    here, there = flat(requested), flat(saved)
+    names = [name for name in here | there if name != "num_workers" and here.get(name) != there.get(name)]
+    return [f"{name}: {there.get(name)!r} in the run, {here.get(name)!r} requested" for name in names]

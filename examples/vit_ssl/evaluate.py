@@ -1,116 +1,155 @@
-"""Evaluate the frozen backbone of a run: python examples/vit_ssl/evaluate.py PROTOCOL --checkpoint DIR."""
+"""Evaluate a frozen vision transformer: python examples/vit_ssl/evaluate.py PROTOCOL --checkpoint X.
+
+X is a run of pretrain.py, a folder or hub name that transformers' AutoModel opens, or an original .pth file of DINO,
+iBOT or MSN. Under torchrun all processes share the work. `evaluate.py PROTOCOL --help` lists a protocol's settings;
+`evaluate.py all` runs what the checkpoint and the data allow and writes evaluation.html and evaluation.md.
+"""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import time
-from collections.abc import Iterable
-from datetime import datetime, timezone
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
-import torch
 import tyro
+from transformers.utils import logging as transformers_logging
 
-from augment import EvalTransform
-from backbone import cls_token
-from checkpoint import Run, load_run, random_backbone
-from data import load_images
-from evaluators.features import Evaluator, Features, FeaturesOf, extract
-from evaluators.fewshot import fewshot
-from evaluators.knn import knn
-from evaluators.linear import linear
-from evaluators.prototypes import prototypes
+from distributed import is_main, process_group
+from evaluation_rows import Row, append_rows, make_rows, print_table, read_results, save_predictions
+from evaluators.protocol import Evaluation, NotApplicable
+from evaluators.registry import PROTOCOLS
+from evaluators.request import Request, open_evaluation
+from paper_rows import check_paper_row
 
-CLASSIFIERS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "fewshot": fewshot}
+PAPER_ROW = (
+    "Model of the paper's tables to compare with, like 'ViT-S/16 DINO-vMF'; by default the one of the run's recipe."
+)
 
 
-def evaluate(
-    protocol: tyro.conf.Positional[Literal["knn", "linear", "fewshot", "prototypes", "all"]],
-    /,
-    checkpoint: Path,
-    features: Literal["teacher", "random", "pixels"] = "teacher",
-    split: Literal["val", "test"] = "val",
-    data: Path | None = None,
-) -> list[dict[str, Any]]:
-    """Run a protocol; append its numbers to CHECKPOINT/results.jsonl, print them as a table and return them.
+def evaluate(request: Request, name: str, options: Any = None) -> list[Row]:
+    """Run one protocol; append its numbers to OUTPUT/results.jsonl, print them as a table and return them as rows.
+
+    `options` are those of the protocol, None: its defaults. Call it on all ranks; the main one writes.
+    """
+    rows = run_protocol(name, open_evaluation(request), options or PROTOCOLS[name].options(), request)
+    if is_main():
+        print_table(rows)
+    return rows
+
+
+def evaluate_all(
+    request: Request,
+    options: Mapping[str, Any] | None = None,
+    folders: Mapping[str, Path | None] | None = None,
+    paper_row: str | None = None,
+) -> list[Row]:
+    """Run every protocol that the checkpoint and the data allow, as `evaluate`, and write the page of all results.
 
     Args:
-        protocol: knn, linear, fewshot and prototypes, or all that the features allow.
-        checkpoint: output directory of pretrain.py.
-        features: the run's teacher, the same backbone before its first step, or raw pixels.
-        split: what is reported; settings (k, C) are chosen on val in either case.
-        data: folder of images to use in place of the run's own data set.
+        request: what is evaluated.
+        options: by protocol, those that are not the defaults.
+        folders: by protocol, the data of those with data of their own kind, which do not run without.
+        paper_row: the row of the paper's tables to compare with, in place of the recipe's.
     """
-    if protocol == "prototypes" and features != "teacher":
-        raise ValueError(f"`features` (={features!r}) must be 'teacher' for the protocol 'prototypes'")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = load_run(checkpoint, device)
-    features_of = make_features(run, features, data, device)
-    rows = []
-    for name in [*CLASSIFIERS, "prototypes"] if protocol == "all" else [protocol]:
-        if name == "prototypes" and features != "teacher":
-            continue  # pixels and random backbones have no prototypes
-        rows += run_protocol(name, run, features_of, features, split, checkpoint)
-    print_table(rows)
+    check_paper_row(paper_row)
+    evaluation = open_evaluation(request)
+    rows: list[Row] = []
+    left_out = {name: f"{name}: {protocol.left_out}" for name, protocol in PROTOCOLS.items() if protocol.left_out}
+    for name, protocol in PROTOCOLS.items():
+        if protocol.left_out:
+            continue
+        data = (folders or {}).get(name) if protocol.own_data else evaluation.data
+        settings = (options or {}).get(name) or protocol.options()
+        try:
+            if protocol.own_data and data is None:
+                raise NotApplicable(f"it needs a folder of its own, --{name}-data")
+            rows += run_protocol(name, dataclasses.replace(evaluation, data=data), settings, request)
+        except NotApplicable as reason:
+            left_out[name] = f"{name}: {reason}"
+            if is_main():
+                print(f"{name} is left out: {reason}")
+    if is_main():
+        print_table(rows)
+    if is_main() and request.features == "teacher":
+        from evaluation_page import write_page  # here, because single protocols draw nothing
+
+        page = write_page(
+            evaluation.output,
+            read_results(evaluation.output),
+            checkpoint=request.checkpoint,
+            recipe=evaluation.run.recipe if evaluation.run else None,
+            paper_row=paper_row,
+            left_out=left_out,
+        )
+        print(f"Page: {page}")
     return rows
 
 
-def make_features(
-    run: Run, features: Literal["teacher", "random", "pixels"], data: Path | None = None, device: str = "cpu"
-) -> FeaturesOf:
-    """A function from split to features that extracts each split once."""
-    if features == "pixels":
-        encode = partial(torch.flatten, start_dim=1)
-    else:
-        backbone = run.backbone if features == "teacher" else random_backbone(run.recipe, device)
-        encode = partial(cls_token, backbone)
-    dataset = "folder" if data else run.recipe.dataset
-    transform = EvalTransform(run.recipe.image_size, keep=224 / 256 if dataset == "folder" else 1.0)
-
-    @cache
-    def features_of(split: str) -> Features:
-        images = load_images(dataset, split, data=data)
-        return extract(encode, images, transform, device=device, num_workers=run.recipe.num_workers)
-
-    return features_of
-
-
-def run_protocol(
-    protocol: str, run: Run, features_of: FeaturesOf, features: str, split: str, directory: Path
-) -> list[dict[str, Any]]:
-    """One protocol's rows, appended to DIRECTORY/results.jsonl; predictions go to DIRECTORY/predictions/*.npy."""
-    if protocol == "prototypes":
-        split = "train"
-    n = len(features_of(split).labels)  # extracted before the clock starts
+def run_protocol(name: str, evaluation: Evaluation, options: Any, request: Request) -> list[Row]:
+    """One protocol's rows, appended to results.jsonl; its predictions go to predictions/."""
+    protocol = PROTOCOLS[name]
+    split = protocol.split or evaluation.split
+    common: dict[str, Any] = {"checkpoint": request.checkpoint}
+    if data := evaluation.data or evaluation.dataset:
+        common["data"] = str(data)
+    if protocol.features and evaluation.dataset:
+        common["n"] = len(evaluation.features(split).labels)  # extracted before the clock starts
     start = time.perf_counter()
-    metrics = list(prototypes(run, features_of) if split == "train" else CLASSIFIERS[protocol](features_of, split))
-    seconds = round(time.perf_counter() - start, 3)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    rows = []
-    for metric in metrics:
-        row = {"protocol": protocol, "features": features, "split": split, "metric": metric.name, "value": metric.value}
-        rows.append({**row, "n": n, "seconds": seconds, "date": date, **metric.options})
-        if metric.predictions is not None:
-            folder = directory / "predictions"
-            folder.mkdir(exist_ok=True)
-            np.save(folder / f"{protocol}-{features}-{split}.npy", metric.predictions)
-    with (directory / "results.jsonl").open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = list(protocol.evaluate(evaluation, options))
+    common["seconds"] = round(time.perf_counter() - start, 3)
+    rows = make_rows(metrics, protocol=protocol.rows_as or name, features=request.features, split=split, **common)
+    if is_main():
+        append_rows(evaluation.output, rows)
+        save_predictions(evaluation.output, name, request.features, split, metrics)
     return rows
 
 
-def print_table(rows: Iterable[dict[str, Any]]) -> None:
-    """One line per metric, with the settings behind it."""
-    print(f"{'protocol':<11} {'features':<9} {'split':<6} {'metric':<13} {'value':>9}")
-    for row in rows:
-        value = f"{row['value']:9d}" if isinstance(row["value"], int) else f"{row['value']:9.3f}"
-        notes = ", ".join(f"{key} {row[key]:.3g}" for key in ("k", "C", "sd", "draws", "cosine") if key in row)
-        line = f"{row['protocol']:<11} {row['features']:<9} {row['split']:<6} {row['metric']:<13} {value}  {notes}"
-        print(line.rstrip())
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: a sub-command for each protocol, and `all`."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    commands = {name: _command(name) for name in PROTOCOLS} | {"all": _all_command()}
+    with process_group():
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
+
+
+def _command(name: str) -> Callable[..., None]:
+    def run(request: Request, options: Any) -> None:
+        evaluate(request, name, options)
+
+    return _with_options(run, PROTOCOLS[name].options)
+
+
+def _all_command() -> Callable[..., None]:
+    included = {name: protocol for name, protocol in PROTOCOLS.items() if not protocol.left_out}
+    own_data = [name for name, protocol in included.items() if protocol.own_data]
+
+    def run(request: Request, options: Any) -> None:
+        folders = {name: getattr(options, f"{name}_data") for name in own_data}
+        evaluate_all(request, {name: getattr(options, name) for name in included}, folders, options.paper_row)
+
+    fields: list[Any] = [(name, protocol.options, protocol.options()) for name, protocol in included.items()]
+    for name in own_data:
+        fields.append((f"{name}_data", _helped(Path | None, f"Folder for {name}, which does not run without."), None))
+    fields.append(("paper_row", _helped(str | None, PAPER_ROW), None))
+    options = dataclasses.make_dataclass("AllOptions", fields, frozen=True)
+    options.__doc__ = "Every protocol that the checkpoint and the data allow, and a page of all results."
+    return _with_options(run, options)
+
+
+def _helped(kind: Any, text: str) -> Any:
+    return Annotated[kind, tyro.conf.arg(help=text)]
+
+
+def _with_options(run: Callable[[Request, Any], None], options: type[Any]) -> Callable[..., None]:
+    # What tyro reads: settings without a prefix, under the description of the options.
+    flat = tyro.conf.arg(name="")
+    run.__annotations__ = {"request": Annotated[Request, flat], "options": Annotated[options, flat], "return": None}
+    run.__doc__ = options.__doc__
+    return run
 
 
 if __name__ == "__main__":
-    tyro.cli(evaluate)
+    main()

@@ -36,7 +36,7 @@ def curves(metrics: Mapping[str, Rows], num_prototypes: Mapping[str, int], *, da
         "target_entropy": "Entropy of the targets, mean over crops",
         "marginal_entropy": "Entropy of the mean target of a batch",
     }
-    with plt.rc_context(_style(dark)):
+    with plt.rc_context(style(dark)):
         figure, axes = plt.subplots(2, 2, figsize=(9.2, 5.6), sharex=True, layout="constrained")
         for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
             for index, (label, rows) in enumerate(metrics.items()):
@@ -57,7 +57,7 @@ def curves(metrics: Mapping[str, Rows], num_prototypes: Mapping[str, int], *, da
         figure.supylabel("nats", fontsize=11)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def kappa_histogram(kappas: Mapping[str, np.ndarray], temperature: float, *, dark: bool = False) -> str:
@@ -69,7 +69,7 @@ def kappa_histogram(kappas: Mapping[str, np.ndarray], temperature: float, *, dar
     everything = np.concatenate([*kappas.values(), [start]])
     low, high = everything.min(), everything.max()
     bins = np.linspace(low - 0.02 * start, high + 0.02 * start, 41)
-    with plt.rc_context(_style(dark)):
+    with plt.rc_context(style(dark)):
         figure, axes = plt.subplots(
             len(kappas),
             1,
@@ -95,7 +95,7 @@ def kappa_histogram(kappas: Mapping[str, np.ndarray], temperature: float, *, dar
         )
         axes[-1, 0].set_xlabel("κ = ‖w‖/τ of a prototype")
         figure.supylabel("prototypes", fontsize=11)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def usage(counts: Mapping[str, Mapping[str, np.ndarray]], *, dark: bool = False) -> str:
@@ -104,7 +104,7 @@ def usage(counts: Mapping[str, Mapping[str, np.ndarray]], *, dark: bool = False)
     `counts` maps a panel's title to {run's label: counts (K,)}; K may differ between runs. A line ends at the last
     prototype that wins an image.
     """
-    with plt.rc_context(_style(dark)):
+    with plt.rc_context(style(dark)):
         figure, axes = plt.subplots(
             1, len(counts), figsize=(9.2, 3.5), sharey=True, squeeze=False, layout="constrained"
         )
@@ -127,7 +127,7 @@ def usage(counts: Mapping[str, Mapping[str, np.ndarray]], *, dark: bool = False)
             axis.legend(loc="upper right")
         axes[0, 0].set_ylabel("images won")
         axes[0, 0].set_ylim(top=4 * max(count.max() for runs in counts.values() for count in runs.values()))
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -145,7 +145,8 @@ def _horizontal(axis: Axes, y: float, text: str, dark: bool) -> None:
     axis.annotate(text, (1, y), **place)
 
 
-def _style(dark: bool) -> dict[str, Any]:
+def style(dark: bool) -> dict[str, Any]:
+    """What all charts have in common, for plt.rc_context."""
     ink, faint = INK[dark], FAINT[dark]
     return {
         "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left",
@@ -158,7 +159,8 @@ def _style(dark: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """The figure as text; closes it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})  # the same numbers give the same file
     plt.close(figure)

@@ -13,7 +13,7 @@ from transformers import ViTModel
 
 from augment import MultiCrop, to_tensor
 from data import CELL, Images, split_columns
-from evaluators.features import Features
+from evaluators.protocol import Features
 
 SPLIT_COLORS = {"test": "#CC79A7", "train": "#009E73", "val": "#56B4E9"}  # of Okabe and Ito's palette
 

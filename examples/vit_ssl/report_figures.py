@@ -10,11 +10,11 @@ import torch
 
 import figures
 import pictures
+from augment import MultiCrop
 from checkpoint import Run, random_backbone
 from data import CELL, Images, load_photo, split_columns
-from evaluate import make_features
+from evaluators.request import make_features
 from html_parts import chart, image, neighbour_row
-from pretrain import multi_crop
 
 QUERIES, NEAREST = 10, 6
 MAP_SIZE = (384, 256)
@@ -30,7 +30,7 @@ def data_pictures(run: Run, train: Images) -> dict[str, Any]:
     ]
     rows = ""
     indices = pictures.pick_contrast(train, ("astronaut", "chelsea", "coffee", "rocket"))
-    for index, (cell, *views) in zip(indices, pictures.crops(train, indices, multi_crop(run.recipe)), strict=True):
+    for index, (cell, *views) in zip(indices, pictures.crops(train, indices, MultiCrop.of(run.recipe)), strict=True):
         name = train.classes[train.labels[index]].replace("_", " ")
         shown = "".join(image(view, f"augmented view of {name}", width=3 * view.width) for view in views)
         rows += f"<div class='row'><span class='name'>{name}</span>{image(cell, name, width=96)}<i></i>{shown}</div>"
@@ -83,9 +83,8 @@ def prototype_charts(runs: dict[str, Run]) -> dict[str, Any]:
 @torch.inference_mode()
 def prototype_winners(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """For each un-augmented training image the prototype with the largest score and the largest target (Eq. 7)."""
-    scores = run.head(torch.from_numpy(make_features(run, "teacher")("train").x))
-    epoch = min(run.epoch, run.recipe.epochs - 1)
-    targets = run.loss.targets(scores.repeat(2, 1), epoch)[: len(scores)]  # it expects the rows of two global views
+    scores = run.method.scores(torch.from_numpy(make_features(run, "teacher")("train").x))
+    targets = run.method.targets(scores, min(run.epoch, run.recipe.epochs - 1))
     return scores.argmax(dim=1).numpy(), targets.argmax(dim=1).numpy()
 
 

@@ -1,67 +1,101 @@
-"""Repeat the demo's comparison over several seeds: the spread that one run cannot show.
+"""Repeat a comparison of recipes over several seeds: the spread that one run cannot show.
 
     python examples/vit_ssl/seeds.py --output runs/seeds
+    python examples/vit_ssl/seeds.py --output runs/seeds --recipes photos_ibot photos_ibot_vmf
 
-pretrains photos_dino_vmf and photos_dino with each seed (two runs at a time, one thread each), evaluates them and the
-network before its first step on the test split, and prints a Markdown table with paired differences. Interrupted, the
-same command goes on where it stopped.
+pretrains each recipe with each seed (two runs at a time, one thread each), evaluates them and the network before its
+first step on the test split, and prints a Markdown table with paired differences. Interrupted, the same command goes on
+where it stopped.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tyro
 
+from config import Recipe, load_recipe
 from data import load_images
 from demo import SCRIPTS, evaluated
 from lanes import Job, JobFailed, run_lanes
 from results import ACCURACIES, RUNS, paired_difference, read_rows
 
-MODELS = {"randomly initialised ViT": ("photos_dino_vmf", "random")} | {
-    label: (recipe, "teacher") for label, recipe in RUNS.items()
-}
+RANDOM = "randomly initialised ViT"
+METHODS = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN"}
+# What two recipes must share so that one untrained network is the baseline of both.
+SHARED = ("dataset", "image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SHARED += ("initializer_range",)
 
 
-def main(output: Path = Path("runs/seeds"), seeds: tuple[int, ...] = (0, 1, 2), max_steps: int | None = None) -> None:
+def main(
+    output: Path = Path("runs/seeds"),
+    recipes: tuple[str, ...] = tuple(RUNS.values()),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    max_steps: int | None = None,
+    parallel: int = 2,
+) -> None:
     """Pretrain and evaluate every seed, then print the table.
 
     Args:
         output: directory of the runs.
+        recipes: what to compare: recipes of the same data and backbone.
         seeds: at least two, fixed before looking at any result.
         max_steps: stop each pretraining after this many steps, to try the whole path in less time.
+        parallel: runs at a time.
     """
     if len(set(seeds)) < 2:
         raise ValueError(f"`seeds` (={seeds}) must be at least two different numbers")
-    lanes = {label: jobs(output, recipe, seeds, max_steps) for label, recipe in RUNS.items()}
+    if parallel < 1:
+        raise ValueError(f"`parallel` (={parallel}) must be at least 1")
+    models = labelled(recipes)
+    runs = [jobs(output, models, label, seed, max_steps) for seed in seeds for label in models]
+    lanes = {f"lane {i + 1}": [job for run in runs[i::parallel] for job in run] for i in range(parallel)}
     try:
         run_lanes(lanes)
     except JobFailed as error:
         sys.exit(str(error))
-    print(report(output, seeds))
+    print(report(output, models, seeds))
 
 
-def jobs(output: Path, recipe: str, seeds: Sequence[int], max_steps: int | None) -> list[Job]:
-    """What is left to do for one recipe, seed by seed."""
-    todo = []
-    for seed in seeds:
-        directory = run_directory(output, recipe, seed)
-        log = directory.with_suffix(".log")
-        if not (directory / "backbone").exists():
-            command = [sys.executable, str(SCRIPTS / "pretrain.py"), "--recipe", recipe, "--output", str(directory)]
-            command += ["--seed", str(seed)]
-            command += [] if max_steps is None else ["--max-steps", str(max_steps)]
-            command += ["--resume"] if (directory / "checkpoint.pt").exists() else []
-            todo.append(Job(f"pretraining, seed {seed}", command, log))
-        for features in [features for where, features in MODELS.values() if where == recipe]:
-            if not evaluated(directory, features):
-                command = [sys.executable, str(SCRIPTS / "evaluate.py"), "all", "--checkpoint", str(directory)]
-                command += ["--features", features, "--split", "test"]
-                todo.append(Job(f"evaluating {features}, seed {seed}", command, log))
+def labelled(names: Sequence[str]) -> dict[str, Recipe]:
+    """The recipes by what the table calls them.
+
+    Raises ValueError unless they are different ones, and of the same data, which needs no path, and backbone.
+    """
+    recipes = [load_recipe(name) for name in names]
+    labels = [METHODS[r.method] + ("-vMF" if r.normalization == "vmf" else "") for r in recipes]
+    if not recipes or len(set(names)) < len(names):
+        raise ValueError(f"`recipes` (={tuple(names)}) must be different ones, at least one")
+    for field in SHARED:
+        if len({getattr(recipe, field) for recipe in recipes}) > 1:
+            values = ", ".join(f"{recipe.name} {getattr(recipe, field)}" for recipe in recipes)
+            raise ValueError(f"`recipes` must have the same `{field}`, for one untrained network beside them: {values}")
+    if recipes[0].dataset not in ("photos", "digits"):
+        raise ValueError(f"`recipes` (={tuple(names)}) must have `dataset` photos or digits, not {recipes[0].dataset}")
+    # Recipes of one method and normalisation are told apart by their names.
+    return dict(zip(labels if len(set(labels)) == len(labels) else names, recipes, strict=True))
+
+
+def jobs(output: Path, models: Mapping[str, Recipe], label: str, seed: int, max_steps: int | None) -> list[Job]:
+    """What is left to do for one recipe and seed; the first recipe's run also has the network before training."""
+    recipe, todo = models[label].name, []
+    directory = run_directory(output, recipe, seed)
+    log = directory.with_suffix(".log")
+    if not (directory / "backbone").exists():
+        command = [sys.executable, str(SCRIPTS / "pretrain.py"), "--recipe", recipe, "--output", str(directory)]
+        command += ["--seed", str(seed)]
+        command += [] if max_steps is None else ["--max-steps", str(max_steps)]
+        command += ["--resume"] if (directory / "checkpoint.pt").exists() else []
+        todo.append(Job(f"{label}, seed {seed}: pretraining", command, log))
+    for features in ("random", "teacher") if label == next(iter(models)) else ("teacher",):
+        if not evaluated(directory, features):
+            command = [sys.executable, str(SCRIPTS / "evaluate.py"), "all", "--checkpoint", str(directory)]
+            command += ["--features", features, "--split", "test"]
+            todo.append(Job(f"{label}, seed {seed}: evaluating {features}", command, log))
     return todo
 
 
@@ -70,21 +104,26 @@ def run_directory(output: Path, recipe: str, seed: int) -> Path:
     return output / f"{recipe}-seed{seed}"
 
 
-def report(output: Path, seeds: Sequence[int]) -> str:
+def report(output: Path, models: Mapping[str, Recipe], seeds: Sequence[int]) -> str:
     """Every seed's accuracies as a Markdown table, then the paired kNN differences."""
+    first = next(iter(models.values()))
+    rows = {RANDOM: (first.name, "random")} | {label: (recipe.name, "teacher") for label, recipe in models.items()}
     header = ["", *ACCURACIES, "used by scores", "used by targets"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for model, (recipe, features) in MODELS.items():
-        rows = [accuracies(run_directory(output, recipe, seed), features) for seed in seeds]
-        cells = [" ".join(f"{100 * row[column]:.1f}" for row in rows) for column in ACCURACIES]
-        used = [" ".join(str(row.get(name, "–")) for row in rows) for name in ("used_scores", "used_targets")]
-        lines.append(f"| {model} | {' | '.join(cells + used)} |")
-    labels = load_images("photos", "test").labels
+    for label, (recipe, features) in rows.items():
+        found = [accuracies(run_directory(output, recipe, seed), features) for seed in seeds]
+        cells = [" ".join(f"{100 * row[column]:.1f}" for row in found) for column in ACCURACIES]
+        used = [" ".join(str(row.get(name, "–")) for row in found) for name in ("used_scores", "used_targets")]
+        lines.append(f"| {label} | {' | '.join(cells + used)} |")
+    labels = load_images(first.dataset, "test").labels
     correct = {
-        model: np.stack([knn_correct(run_directory(output, recipe, seed), features, labels) for seed in seeds])
-        for model, (recipe, features) in MODELS.items()
+        label: np.stack([knn_correct(run_directory(output, recipe, seed), features, labels) for seed in seeds])
+        for label, (recipe, features) in rows.items()
     }
-    pairs = [(a, "randomly initialised ViT") for a in RUNS] + [("DINO-vMF", "DINO")]
+    pairs = [(label, RANDOM) for label in models]
+    pairs += [
+        (label, label.removesuffix("-vMF")) for label in models if label.removesuffix("-vMF") in models.keys() - {label}
+    ]
     return "\n".join([*lines, "", *(compare(a, b, correct[a], correct[b]) for a, b in pairs)])
 
 

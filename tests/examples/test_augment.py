@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader
 
 from augment import EvalTransform, MultiCrop, MultiCropDataset, color_jitter, random_resized_crop, to_tensor, turn_hue
@@ -46,6 +46,8 @@ def test_views_come_global_first():
     views = MultiCrop(32, 16, 3)(photo(), random.Random(0))
     assert [tuple(view.shape) for view in views] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 3
     assert len(MultiCrop(32, 16, 0)(photo(), random.Random(0))) == 2
+    views = MultiCrop(32, 16, 1, num_global=4)(photo(), random.Random(0))
+    assert [view.shape[1] for view in views] == [32] * 4 + [16]
 
 
 def test_without_augmentation_a_view_is_the_image_or_its_mirror():
@@ -93,12 +95,35 @@ def test_hue_turns_by_parts_of_a_circle():
 def test_color_jitter_draws_from_dinos_range():
     # On one grey, contrast, saturation and hue do nothing: what remains is the brightness factor.
     flat = Image.new("RGB", (4, 4), (100, 100, 100))
-    levels = [color_jitter(flat, 1.0, random.Random(seed)).getpixel((0, 0))[0] for seed in range(300)]
+    levels = [color_jitter(flat, 1.0, 0.2, random.Random(seed)).getpixel((0, 0))[0] for seed in range(300)]
     assert 59 <= min(levels) < 63
     assert 137 < max(levels) <= 141
-    halved = [color_jitter(flat, 0.5, random.Random(seed)).getpixel((0, 0))[0] for seed in range(300)]
+    halved = [color_jitter(flat, 0.5, 0.2, random.Random(seed)).getpixel((0, 0))[0] for seed in range(300)]
     assert 79 <= min(halved) < 82
     assert 118 < max(halved) <= 121
+
+
+class LeastSaturated(random.Random):
+    """Leaves the changes in order, and all of them out but the third."""
+
+    def __init__(self):
+        super().__init__(0)
+        self.bounds = []
+
+    def shuffle(self, changes):
+        pass
+
+    def uniform(self, low, high):
+        self.bounds.append(high)
+        return low if len(self.bounds) == 3 else 0.0
+
+
+@pytest.mark.parametrize("saturation", [0.2, 0.4])
+def test_the_saturation_has_its_own_range(saturation):
+    rng = LeastSaturated()
+    expected = turn_hue(ImageEnhance.Color(photo()).enhance(1 - 0.5 * saturation), 0.0)
+    assert color_jitter(photo(), 0.5, saturation, rng) == expected
+    assert rng.bounds == [0.4, 0.4, saturation, 0.1]
 
 
 def test_grayscale_drops_colour():
@@ -124,6 +149,15 @@ def test_the_first_view_is_always_blurred_and_the_second_seldom():
         views = MultiCrop(32, 32, 1, **whole, **{**PLAIN, "blur_strength": 3})(noise, random.Random(seed))
         sharp = EvalTransform(32)(noise)
         blurred += [not (torch.equal(view, sharp) or torch.equal(view, sharp.flip(2))) for view in views]
+    views = [MultiCrop(32, 32, 1, num_global=3, blur_prob=(0, 1, 0), **whole, **{**PLAIN, "blur_strength": 3})] * 20
+    swapped = np.array(
+        [
+            [torch.equal(v, sharp) or torch.equal(v, sharp.flip(2)) for v in crop(noise, random.Random(s))]
+            for s, crop in enumerate(views)
+        ]
+    )
+    assert swapped[:, [0, 3]].all()
+    assert swapped[:, 1:3].mean() < 0.2
     assert blurred[0] >= 195  # a radius close to 0 changes nothing
     assert 8 < blurred[1] < 36
     assert 75 < blurred[2] < 125
@@ -191,6 +225,9 @@ def test_evaluation_takes_the_centre():
     [
         ({"global_size": 0}, r"`global_size` \(=0\) must be at least 1"),
         ({"local_size": -1}, r"`local_size` \(=-1\) must be at least 1"),
+        ({"num_global": 0}, r"`num_global` \(=0\) must be at least 1"),
+        ({"saturation": 0.5}, r"`saturation` \(=0.5\) must be in \[0, 0.4\]"),
+        ({"blur_prob": (1.0, 0.1, 1.5)}, r"`blur_prob` \(=\(1.0, 0.1, 1.5\)\) must be three probabilities"),
         ({"num_local": -1}, r"`num_local` \(=-1\) must be at least 0"),
         ({"global_scale": (0.0, 1.0)}, r"`global_scale` \(=\(0.0, 1.0\)\) must be \(low, high\)"),
         ({"local_scale": (0.5, 0.4)}, r"`local_scale` \(=\(0.5, 0.4\)\) must be \(low, high\)"),

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import ViTModel
 
-from backbone import build_backbone, cls_token
+from backbone import build_backbone, cls_token, tokens
 from config import Recipe, load_recipe
 
 
@@ -29,6 +29,47 @@ def test_cls_token_is_the_first_token_after_the_last_norm(recipe: Recipe, images
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (48, 64)])
 def test_other_sizes_use_interpolated_positions(recipe: Recipe, height: int, width: int) -> None:
     assert cls_token(build_backbone(recipe), torch.randn(2, 3, height, width)).shape == (2, 16)
+
+
+def test_kept_patches_are_chosen_after_the_position_embeddings(recipe: Recipe) -> None:
+    backbone, images = build_backbone(recipe).eval(), torch.randn(3, 3, 48, 64)  # 6 x 8 patches: interpolated positions
+    keep = torch.stack([torch.randperm(48)[:20] for _ in range(3)])
+
+    def choose(_module: object, _inputs: object, embedded: Tensor) -> Tensor:
+        return torch.stack([row[[0, *(1 + index).tolist()]] for row, index in zip(embedded, keep, strict=True)])
+
+    kept = tokens(backbone, images, keep=keep)
+    hook = backbone.embeddings.register_forward_hook(choose)  # the whole model on the embeddings of these patches
+    expected = backbone(images, interpolate_pos_encoding=True).last_hidden_state
+    hook.remove()
+    torch.testing.assert_close(kept, expected, rtol=0, atol=0)
+    everything = torch.arange(48).expand(3, -1)
+    torch.testing.assert_close(tokens(backbone, images, keep=everything), tokens(backbone, images))
+    torch.testing.assert_close(cls_token(backbone, images, keep=keep), kept[:, 0], rtol=0, atol=0)
+
+
+def test_masked_patches_are_not_seen(recipe: Recipe, images: Tensor) -> None:
+    backbone = build_backbone(recipe, mask_token=True).eval()
+    torch.nn.init.normal_(backbone.embeddings.mask_token)
+    mask = torch.rand(5, 4, 4) < 0.4
+    pixels = mask.repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1)  # patches are numbered row by row
+    other = torch.where(pixels, torch.randn_like(images), images)
+    hidden = tokens(backbone, images, mask=mask.flatten(1))
+    torch.testing.assert_close(tokens(backbone, other, mask=mask.flatten(1)), hidden, rtol=0, atol=0)
+    assert not torch.allclose(tokens(backbone, other), tokens(backbone, images))
+    torch.testing.assert_close(tokens(backbone, images, mask=torch.zeros(5, 16) > 0), tokens(backbone, images))
+    hidden.square().sum().backward()
+    assert backbone.embeddings.mask_token.grad.abs().min() > 0
+
+
+def test_a_mask_token_changes_no_other_weight(recipe: Recipe) -> None:
+    torch.manual_seed(1)
+    plain = build_backbone(recipe).state_dict()
+    torch.manual_seed(1)
+    masked = build_backbone(recipe, mask_token=True).state_dict()
+    assert masked.pop("embeddings.mask_token").abs().max() == 0
+    assert masked.keys() == plain.keys()
+    assert all(torch.equal(masked[name], plain[name]) for name in plain)
 
 
 def test_the_weights_have_the_recipes_scale(recipe: Recipe) -> None:

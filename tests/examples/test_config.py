@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 
-from backbone import build_backbone
 from config import RECIPES, Recipe, differences, load_recipe, recipe_from_dict, save_recipe
+from methods import build_method
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -17,33 +17,57 @@ def recipe() -> Recipe:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_is_a_card_that_builds_its_backbone(name: str) -> None:
+def test_every_recipe_is_a_card_that_builds_its_method(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     header = [line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
     for entry in ("Paper:", "Command:", "Hardware:", "Expect:"):
         assert any(entry in line for line in header), entry
     with torch.device("meta"):
-        backbone = build_backbone(recipe, drop_path=recipe.drop_path)
-    assert backbone.config.hidden_size == recipe.hidden_size
-    assert len(backbone.layers) == recipe.num_hidden_layers
+        method = build_method(recipe)
+    method.attach()
+    assert {parameter.device.type for parameter in method.parameters()} == {"meta"}
+    assert method.student.backbone.config.hidden_size == recipe.hidden_size
+    assert len(method.student.backbone.layers) == recipe.num_hidden_layers
+    assert method.prototypes().weight_v.shape == (recipe.out_dim, recipe.bottleneck_dim)
 
 
-def test_plain_dino_differs_from_dino_vmf_in_table_1s_switches_only() -> None:
-    plain, vmf = vars(load_recipe("photos_dino")), vars(load_recipe("photos_dino_vmf"))
-    assert {name for name in plain if plain[name] != vmf[name]} == {"name", "normalization", "centering"}
-    assert (plain["normalization"], plain["centering"]) == ("none", "logit")
-    assert (vmf["normalization"], vmf["centering"]) == ("vmf", "probability")
+@pytest.mark.parametrize(
+    ("name", "plain", "vmf"),
+    [
+        ("photos_dino", ("none", "logit"), ("vmf", "probability")),
+        ("photos_ibot", ("none", "logit"), ("vmf", "probability")),
+        ("photos_msn", ("l2", "none"), ("vmf", "none")),
+    ],
+)
+def test_a_plain_method_differs_from_its_vmf_form_in_table_1s_switches_only(
+    name: str, plain: tuple[str, str], vmf: tuple[str, str]
+) -> None:
+    switches = {"normalization", "centering"}
+    found = [vars(load_recipe(recipe)) for recipe in (name, f"{name}_vmf")]
+    assert {key for key in found[0] if found[0][key] != found[1][key]} - switches == {"name"}
+    assert [(recipe["normalization"], recipe["centering"]) for recipe in found] == [plain, vmf]
 
 
-def test_a_saved_recipe_is_the_same_recipe(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["photos_dino_vmf", "photos_ibot", "photos_msn"])
+def test_a_saved_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert recipe_from_dict(dataclasses.asdict(recipe)) == recipe  # as a checkpoint keeps it
 
 
 def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
     assert yaml.safe_load("1e-3") == "1e-3"
     assert load_recipe("photos_dino_vmf", {"lr": "1e-3"}).lr == 1e-3
+
+
+def test_a_field_of_a_section_can_be_replaced() -> None:
+    recipe = load_recipe("photos_msn", {"msn.patch_drop": "5e-1"})
+    assert recipe.msn is not None
+    assert recipe.msn.patch_drop == 0.5
+    with pytest.raises(ValueError, match=r"photos_dino.yaml: no section msn to set patch_drop in"):
+        load_recipe("photos_dino", {"msn.patch_drop": 0.5})
 
 
 def test_differences_name_fields_but_not_the_number_of_workers(recipe: Recipe) -> None:
@@ -53,6 +77,9 @@ def test_differences_name_fields_but_not_the_number_of_workers(recipe: Recipe) -
         "normalization: 'vmf' in the run, 'l2' requested",
         f"lr: {recipe.lr} in the run, 1.0 requested",
     ]
+    ibot = load_recipe("photos_ibot")
+    masked = load_recipe("photos_ibot", {"ibot.mask_ratio": [0.2, 0.3]})
+    assert differences(masked, ibot) == ["ibot.mask_ratio: (0.1, 0.5) in the run, (0.2, 0.3) requested"]
 
 
 def test_an_unknown_name_lists_the_recipes() -> None:
@@ -68,6 +95,12 @@ def test_missing_and_unknown_fields_are_named(recipe: Recipe, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"recipe: missing fields lr$"):
         recipe_from_dict(settings)
     (tmp_path / "list.yaml").write_text("- 1")
+    ibot = dataclasses.asdict(load_recipe("photos_ibot"))
+    del ibot["ibot"]["mask_ratio"]
+    with pytest.raises(ValueError, match=r"recipe: missing fields ibot.mask_ratio$"):
+        recipe_from_dict(ibot)
+    with pytest.raises(ValueError, match=r"recipe: unknown fields ibot.ratio; the fields are mask_probability, "):
+        recipe_from_dict(ibot | {"ibot": ibot["ibot"] | {"ratio": 1}})
     with pytest.raises(ValueError, match=r"list.yaml must hold `field: value` lines"):
         load_recipe(tmp_path / "list.yaml")
 
@@ -82,7 +115,12 @@ def test_missing_and_unknown_fields_are_named(recipe: Recipe, tmp_path: Path) ->
         ("lr", "fast", r"`lr` \(='fast'\) must be of type float"),
         ("lr", float("nan"), r"`lr` \(=nan\) must be positive"),
         ("lr", 0, r"`lr` \(=0.0\) must be positive"),
-        ("global_scale", 0.4, r"`global_scale` \(=0.4\) must be a pair of numbers"),
+        ("global_scale", 0.4, r"`global_scale` \(=0.4\) must be 2 numbers"),
+        ("blur_prob", [1, 0.5], r"`blur_prob` \(=\[1, 0.5\]\) must be 3 numbers"),
+        ("schedule_stretch", 0.5, r"`schedule_stretch` \(=0.5\) must be at least 1"),
+        ("ibot", 3, r"`ibot` \(=3\) must be null or hold `field: value` lines"),
+        ("centering", "none", r"`centering` \(=none\) must be 'logit' or 'probability' with `method` \(='dino'\)"),
+        ("method", "ibot", r"`ibot` \(=None\) must hold that method's settings with `method` \(='ibot'\)"),
         ("batch_size", 0, r"`batch_size` \(=0\) must be at least 1"),
         ("patch_size", 0, r"`patch_size` \(=0\) must be at least 1"),
         ("weight_decay", -0.1, r"`weight_decay` \(=-0.1\) must be at least 0"),
@@ -96,3 +134,42 @@ def test_missing_and_unknown_fields_are_named(recipe: Recipe, tmp_path: Path) ->
 def test_bad_values_name_the_field_the_value_and_what_is_allowed(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe("photos_dino_vmf", {field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("ibot", "method", "dino", r"`ibot` must be null with `method` \(='dino'\)"),
+        (
+            "ibot",
+            "ibot.mask_ratio",
+            [0.5, 0.1],
+            r"`ibot.mask_ratio` \(=\(0.5, 0.1\)\) must be \(low, high\) with 0 <= low",
+        ),
+        ("ibot", "ibot.mask_probability", 1.5, r"`ibot.mask_probability` \(=1.5\) must be in \[0, 1\]"),
+        ("ibot", "ibot.shared_head", "yes", r"`ibot.shared_head` \(='yes'\) must be of type bool"),
+        (
+            "ibot",
+            "ibot.patch_out_dim",
+            64,
+            r"`ibot.patch_out_dim` \(=64\) must be `out_dim` \(=128\) with a shared head",
+        ),
+        (
+            "ibot",
+            "ibot.mask_start_epoch",
+            12,
+            r"`teacher_temp_warmup_epochs` \(=5\) must be at most `epochs` \(=16\) - `ibot",
+        ),
+        ("ibot", "ibot.cls_weight", 0, r"`ibot.cls_weight` \(=0.0\) must be positive"),
+        ("msn", "msn.patch_drop", 1, r"`msn.patch_drop` \(=1.0\) must be in \[0, 1\)"),
+        ("msn", "msn.rand_views", 0, r"`msn.rand_views` \(=0\) must be at least 1"),
+        ("msn", "msn.me_max_weight", -1, r"`msn.me_max_weight` \(=-1.0\) must be at least 0"),
+        ("msn", "centering", "logit", r"`centering` \(=logit\) must be 'none' with `method` \(='msn'\)"),
+        ("msn", "normalization", "none", r"`normalization` \(=none\) must be 'l2' or 'vmf' with `method` \(='msn'\)"),
+        ("msn", "fused_loss", True, r"`fused_loss` \(=True\) must be false with `method` \(='msn'\)"),
+        ("msn", "msn", None, r"`msn` \(=None\) must hold that method's settings"),
+    ],
+)
+def test_a_methods_own_settings_are_checked_too(name: str, field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(f"photos_{name}", {field: value})

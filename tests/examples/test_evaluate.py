@@ -1,12 +1,13 @@
 """evaluate.py on a saved run: what it feeds the protocols, what it writes, what it refuses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import tyro
 from PIL import Image
+from transformers import ViTConfig, ViTModel
 
 import evaluate
 from augment import EvalTransform
@@ -14,12 +15,19 @@ from backbone import cls_token
 from checkpoint import load_run, random_backbone, save_checkpoint
 from config import load_recipe
 from data import load_images
-from methods.dino import DINO
+from evaluators import features
+from evaluators.fewshot import FewShotOptions
+from evaluators.linear import LinearOptions
+from evaluators.protocol import NotApplicable
+from evaluators.registry import PROTOCOLS
+from evaluators.request import ExtractOptions, Request, make_features, open_evaluation
+from methods import build_method
 
 TINY = {
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "local_size": 8},
     **{"patch_size": 8, "out_dim": 12, "hidden_dim": 16, "bottleneck_dim": 8, "num_workers": 0},
 }
+FEW = {"fewshot": FewShotOptions(draws=3)}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def trained(tmp_path_factory):
     """The directory of a run whose teacher is not its first weights."""
     directory = tmp_path_factory.mktemp("run")
     recipe = load_recipe("photos_dino_vmf", TINY)
-    method = DINO(recipe)
+    method = build_method(recipe)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in method.teacher.parameters():
@@ -61,36 +69,57 @@ def written(directory):
     return [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
 
 
+def request(checkpoint, **options):
+    return Request(str(checkpoint), **options)
+
+
 def test_all_protocols_are_appended_and_printed(run_directory, folder, capsys):
-    rows = evaluate.evaluate("all", run_directory, split="test", data=folder)
+    rows = evaluate.evaluate_all(request(run_directory, split="test", data=folder), FEW)
     assert written(run_directory) == rows
     metrics = [(row["protocol"], row["metric"]) for row in rows]
-    assert metrics[:4] == [("knn", "top1"), ("linear", "top1"), ("fewshot", "1-shot"), ("fewshot", "5-shot")]
-    prototype_metrics = [metric for protocol, metric in metrics[4:] if protocol == "prototypes"]
+    shots = [("fewshot", f"{shot}-shot") for shot in (1, 2, 5)]
+    assert metrics[:5] == [("knn", "top1"), ("linear", "top1"), *shots]
+    prototype_metrics = [metric for protocol, metric in metrics[5:] if protocol == "prototypes"]
     kappas = ["kappa_min", "kappa_p05", "kappa_p50", "kappa_p95", "kappa_max"]
-    assert prototype_metrics == ["prototypes", "used_scores", "used_targets", *kappas, "unique"]
+    assert {"prototypes", "used_scores", "used_targets", *kappas, "unique"} <= set(prototype_metrics)
     for row in rows:
-        trained_on = row["protocol"] == "prototypes"
-        assert (row["features"], row["split"], row["n"]) == (
-            "teacher",
-            *(("train", 39) if trained_on else ("test", 21)),
-        )
+        assert (row["features"], row["data"], row["checkpoint"]) == ("teacher", str(folder), str(run_directory))
         assert row["seconds"] >= 0
         assert row["date"].endswith("+00:00")
-        assert trained_on or 0 <= row["value"] <= 1
+        if row["protocol"] != "prototypes":
+            assert (row["split"], row["n"]) == ("test", 21)
+            assert 0 <= row["value"] <= 1
+    by_metric = {row["metric"]: row for row in rows if row["protocol"] == "prototypes"}
+    assert (by_metric["used_scores"]["split"], by_metric["used_scores"]["n"]) == ("train", 39)
     assert rows[0]["k"] in (5, 10, 20, 50)
-    table = capsys.readouterr().out.splitlines()
-    assert len(table) == 1 + len(rows)
+    printed = capsys.readouterr().out
+    assert "retrieval is left out: it needs a folder of its own, --retrieval-data" in printed
+    table = printed[printed.index("protocol ") :].splitlines()
+    assert len(table) == 2 + len(rows)
     assert table[0].split() == ["protocol", "features", "split", "metric", "value"]
     assert table[1].split()[:5] == ["knn", "teacher", "test", "top1", f"{rows[0]['value']:.3f}"]
-    assert written(run_directory) + evaluate.evaluate("knn", run_directory, data=folder) == written(run_directory)
+    assert table[-1] == f"Page: {run_directory / 'evaluation.html'}"
+    assert written(run_directory) + evaluate.evaluate(request(run_directory, data=folder), "knn") == written(
+        run_directory
+    )
 
 
 def test_predictions_are_kept_for_paired_comparisons(run_directory, folder):
     labels = load_images("folder", "test", data=folder).labels
-    for row in evaluate.evaluate("all", run_directory, features="pixels", split="test", data=folder)[:2]:
+    where = request(run_directory, features="pixels", split="test", data=folder)
+    for row in evaluate.evaluate(where, "knn") + evaluate.evaluate(where, "linear"):
         predicted = np.load(run_directory / "predictions" / f"{row['protocol']}-pixels-test.npy")
         assert row["value"] == pytest.approx(np.mean(predicted == labels))
+
+
+def test_two_metrics_with_predictions_have_a_file_each(run_directory, folder):
+    options = LinearOptions("sgd", lrs=(0.1,), epochs=1)
+    first, second = evaluate.evaluate(request(run_directory, data=folder), "linear", options)
+    labels = load_images("folder", "val", data=folder).labels
+    for row, name in [(first, "linear-teacher-val"), (second, "linear-teacher-val-top1_D")]:
+        predicted = np.load(run_directory / "predictions" / f"{name}.npy")
+        assert row["value"] == pytest.approx(np.mean(predicted == labels))
+    assert [(row["metric"], row["tokens"]) for row in (first, second)] == [("top1_C", "cls"), ("top1_D", "last4")]
 
 
 def test_features_are_what_they_are_called(run_directory, folder):
@@ -104,61 +133,130 @@ def test_features_are_what_they_are_called(run_directory, folder):
             "pixels": batch.reshape(18, -1),
         }
     for name, x in expected.items():
-        features = evaluate.make_features(run, name, folder)("val")
-        assert np.allclose(features.x, x.numpy(), atol=1e-5)
-        assert features.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-        assert features.classes == ["dark", "light", "red"]
+        evaluation = open_evaluation(request(run_directory, features=name, data=folder))
+        found = evaluation.features("val")
+        assert np.allclose(found.x, x.numpy(), atol=1e-5)
+        assert found.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+        assert found.classes == ["dark", "light", "red"]
+        assert (evaluation.run is None) == (name != "teacher")
+        assert (evaluation.encoder is None) == (name == "pixels")
     assert not np.allclose(expected["teacher"], expected["random"], atol=1e-2)
 
 
 def test_the_runs_own_data_is_used_whole(run_directory):
-    run = load_run(run_directory)
-    features = evaluate.make_features(run, "pixels")("val")
+    found = make_features(load_run(run_directory), "pixels")("val")
     image = load_images("photos", "val")[7][0]
-    assert len(features.labels) == len(load_images("photos", "val"))
-    assert np.array_equal(features.x[7], EvalTransform(16)(image).flatten().numpy())
+    assert len(found.labels) == len(load_images("photos", "val"))
+    assert np.array_equal(found.x[7], EvalTransform(16)(image).flatten().numpy())
+    assert not (run_directory / "features").exists()
 
 
-def test_every_split_is_extracted_once(run_directory, folder, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(
-        evaluate, "load_images", lambda name, split, data: loaded.append(split) or load_images(name, split, data=data)
-    )
-    evaluate.evaluate("all", run_directory, split="test", data=folder)
-    assert sorted(loaded) == ["test", "train", "val"]
+def test_every_split_is_extracted_once_and_for_all(run_directory, folder, monkeypatch):
+    extracted, extract = [], features.extract
+
+    def watched(encode, images, *arguments, **options):
+        extracted.append(images.split)
+        return extract(encode, images, *arguments, **options)
+
+    monkeypatch.setattr(features, "extract", watched)
+    evaluate.evaluate(request(run_directory, split="test", data=folder), "knn")
+    assert sorted(extracted) == ["test", "train", "val"]
+    evaluate.evaluate(request(run_directory, split="test", data=folder), "fewshot", FEW["fewshot"])
+    assert len(extracted) == 3
+    uncached = request(run_directory, data=folder, extract=ExtractOptions(cache=False))
+    evaluate.evaluate(uncached, "knn")
+    assert len(extracted) == 5
 
 
 def test_only_the_teacher_has_prototypes(run_directory, folder):
-    rows = evaluate.evaluate("all", run_directory, features="random", data=folder)
-    assert {row["protocol"] for row in rows} == {"knn", "linear", "fewshot"}
-    with pytest.raises(ValueError, match=r"`features` \(='random'\) must be 'teacher' for the protocol 'prototypes'"):
-        evaluate.evaluate("prototypes", run_directory, features="random", data=folder)
+    where = request(run_directory, features="random", data=folder)
+    rows = evaluate.evaluate_all(where, FEW)
+    assert list(dict.fromkeys(row["protocol"] for row in rows)) == ["knn", "linear", "fewshot"]
+    with pytest.raises(NotApplicable, match="prototypes are in the head, and this checkpoint is a backbone alone"):
+        evaluate.evaluate(where, "prototypes")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("exported")
+    config = ViTConfig(
+        **{"image_size": 16, "patch_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+        intermediate_size=16,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(directory)
+    return directory
+
+
+def test_other_checkpoints_say_where_results_go_and_what_they_are_of(exported, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"`output` \(=None\) must be a folder for the results"):
+        evaluate.evaluate(request(exported, data=folder), "knn")
+    with pytest.raises(NotApplicable, match="give --data DIR, or --dataset NAME"):
+        evaluate.evaluate(request(exported, output=tmp_path), "knn")
+    rows = evaluate.evaluate_all(request(exported, data=folder, output=tmp_path / "new"), FEW)
+    assert list(dict.fromkeys(row["protocol"] for row in rows)) == ["knn", "linear", "fewshot"]
+    assert written(tmp_path / "new") == rows
+    assert (tmp_path / "new/evaluation.md").is_file()
+    (row,) = evaluate.evaluate(request(exported, dataset="digits", output=tmp_path / "new"), "knn")
+    assert (row["data"], row["n"]) == ("digits", 360)
+    evaluation = open_evaluation(request(exported, data=folder, output=tmp_path, extract=ExtractOptions(image_size=24)))
+    assert evaluation.encoder.image_size == 24
+    with pytest.raises(ValueError, match=r"`image_size` \(=20\) must be a multiple of the patch size, 8"):
+        open_evaluation(request(exported, data=folder, output=tmp_path, extract=ExtractOptions(image_size=20)))
+
+
+@pytest.mark.parametrize(
+    ("own", "data", "named", "expected"),
+    [
+        ("photos", None, None, "photos"),
+        ("photos", "some", None, "folder"),
+        ("folder", None, None, None),  # its folder is not known here
+        ("stream", "uoft-cs/cifar10", None, "hub"),
+        ("hub", "some", "folder", "folder"),
+    ],
+)
+def test_which_images(own, data, named, expected, trained, tmp_path):
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    state["recipe"]["dataset"] = own
+    torch.save(state, tmp_path / "checkpoint.pt")
+    data = None if data is None else Path(data)
+    assert open_evaluation(request(tmp_path, data=data, dataset=named)).dataset == expected
+
+
+def test_all_goes_on_where_a_protocol_does_not_apply(run_directory, folder, capsys):
+    many = {"fewshot": FewShotOptions(shots=(14,))}
+    rows = evaluate.evaluate_all(request(run_directory, data=folder), many)
+    assert list(dict.fromkeys(row["protocol"] for row in rows)) == ["knn", "linear", "prototypes"]
+    assert "fewshot is left out: class 'dark' has 13 train images, but 14-shot" in capsys.readouterr().out
 
 
 def test_bad_input_writes_nothing(run_directory, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        evaluate.evaluate("knn", tmp_path)
+    with pytest.raises(ValueError, match=r"`paper_row` \(='ViT-Z'\) must be one of "):
+        evaluate.evaluate_all(request(run_directory), paper_row="ViT-Z")
+    with pytest.raises(FileNotFoundError, match=r"holds neither checkpoint\.pt nor config\.json"):
+        evaluate.evaluate(request(tmp_path), "knn")
     (tmp_path / "images/cat").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "images/cat/a.png")
     with pytest.raises(FileNotFoundError, match="there is no 'val' split: expected PATH/"):
-        evaluate.evaluate("knn", run_directory, data=tmp_path / "images")
+        evaluate.evaluate(request(run_directory, data=tmp_path / "images"), "knn")
     assert not (run_directory / "results.jsonl").exists()
 
 
 def test_command_line(run_directory, folder, capsys):
-    arguments = [
-        "knn",
-        "--checkpoint",
-        str(run_directory),
-        "--features",
-        "pixels",
-        "--split",
-        "test",
-        "--data",
-        str(folder),
-    ]
-    tyro.cli(evaluate.evaluate, args=arguments)
-    assert [(row["features"], row["split"]) for row in written(run_directory)] == [("pixels", "test")]
+    where = ["--checkpoint", str(run_directory), "--split", "test", "--data", str(folder)]
+    evaluate.main(["knn", *where, "--features", "pixels", "--ks", "3", "7"])
+    (row,) = written(run_directory)
+    assert (row["features"], row["split"], list(row["val_top1_by_k"])) == ("pixels", "test", ["3", "7"])
+    evaluate.main(["all", *where, "--features", "random", "--knn.ks", "2", "--fewshot.shots", "1"])
+    metrics = [(row["protocol"], row["metric"], row.get("k")) for row in written(run_directory)[1:]]
+    assert metrics == [("knn", "top1", 2), ("linear", "top1", None), ("fewshot", "1-shot", None)]
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        tyro.cli(evaluate.evaluate, args=["segmentation", "--checkpoint", str(run_directory)])
+        evaluate.main(["segmentation", *where])
     assert "segmentation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [*PROTOCOLS, "all"])
+def test_every_protocol_has_a_command(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        evaluate.main([name, "--help"])
+    assert "--checkpoint" in capsys.readouterr().out

@@ -40,7 +40,7 @@ def metrics(offset=0.0):
 @pytest.fixture
 def figure(monkeypatch):
     """Makes the charts return matplotlib's figure in place of its SVG."""
-    monkeypatch.setattr(figures, "_svg", lambda drawn: drawn)
+    monkeypatch.setattr(figures, "to_svg", lambda drawn: drawn)
 
 
 def test_curves_mark_the_logarithm_of_k_and_average_over_an_epoch(figure):

@@ -84,6 +84,43 @@ def test_nothing_else_is_called(tmp_path, function, arguments, name, protocol):
     assert not mark.exists()
 
 
+class Rebuilt(Call):
+    """A call whose result then gets a state."""
+
+    def __init__(self, function, *arguments, state):
+        self.reduced = function, arguments, state
+
+
+def array(dtype, data, shape=(1,)):
+    return Rebuilt(np.empty(0).__reduce__()[0], np.ndarray, (0,), b"b", state=(1, shape, dtype, False, data))
+
+
+ADDRESS = id(os).to_bytes(8, "little")
+CLEARED = Rebuilt(np.dtype, "V8", False, True, state=(3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0))
+NUMBERS = array(np.dtype("i8"), ADDRESS)
+
+
+@pytest.mark.parametrize(
+    ("hostile", "reason"),
+    [
+        (Call(np.ndarray, (1,), np.dtype("O"), ADDRESS), "dtype 'O8'"),
+        (Call(np.ndarray, (1,), np.dtype("i8"), ADDRESS), "not callable"),
+        (array(np.dtype("O"), ADDRESS), "dtype 'O8'"),
+        (array(CLEARED, ADDRESS), "dtype 'V8'"),  # the flags say that it holds no objects
+        (array(np.dtype("i8"), NUMBERS), "not made of bytes"),  # its memory would go with those numbers'
+        (array(np.dtype("i8"), ADDRESS, (-1, -1)), "unknown dimension"),
+        (array(np.dtype("i8"), ADDRESS, (2**40,)), "cannot reshape"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_bytes_do_not_become_objects(tmp_path, hostile, reason, protocol):
+    """numpy's own unpickling takes them for the addresses of objects, or for more memory than there is."""
+    path = tmp_path / "gnd.pkl"
+    path.write_bytes(pickle.dumps(hostile, protocol))
+    with pytest.raises(ValueError, match=f"cannot read the pickle .*{reason}"):
+        load_plain_pickle(path)
+
+
 def test_bytes_are_not_made_by_any_codec_or_of_any_length(tmp_path):
     path = tmp_path / "gnd.pkl"
     path.write_bytes(pickle.dumps(Call(codecs.encode, "text", "rot13"), 2))

@@ -9,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from evaluators.protocol import Evaluation, Features
-from evaluators.transfer import Search, TransferOptions, folds, per_class, search, top1, transfer
+from evaluators.transfer import Search, TransferOptions, folds, path, per_class, search, top1, transfer
 
 SIZES = (60, 25, 12)
 """Images of the three classes, so that top-1 and the mean per class differ."""
@@ -76,6 +76,18 @@ def test_the_best_strength_is_trained_on_all_that_is_not_reported(metric, split)
     assert mean.name == "per_class"
     assert mean.value == pytest.approx(balanced_accuracy_score(SPLITS[split].labels, predicted))
     assert notes["converged"] is True
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_solvers_end_at_the_minimum(kind):
+    """scikit-learn keeps float32, in which rounding ends L-BFGS with a gradient a hundred times as large."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 20, 1000)
+    x = (rng.normal(size=(20, 32))[labels] + 2 * rng.normal(size=(1000, 32))).astype(kind)
+    for strength, classifier in path(x, labels, [1e3, 1e2, 1.0], max_iter=1000):
+        error = classifier.predict_proba(x.astype(np.float64)) - np.eye(20)[labels]
+        gradient = error.T @ x.astype(np.float64) + strength * classifier.coef_
+        assert np.abs(gradient).max() < 1.1e-4
 
 
 def test_strengths_of_the_paper():

@@ -126,6 +126,7 @@ def path(
     A strength multiplies ||W||^2 / 2 beside the summed cross-entropy: scikit-learn's 1 / C. Each solver starts where
     the one before ended and stops when no element of the sum's gradient is above 1e-4.
     """
+    x = x.astype(np.float64)  # in float32 rounding hides what is left to gain, and the solver ends early
     # scikit-learn minimises the mean, in which thousands of images and hundreds of classes make small gradients.
     classifier = LogisticRegression(tol=1e-4 / len(x), max_iter=max_iter, warm_start=True)
     for strength in sorted(strengths, reverse=True):

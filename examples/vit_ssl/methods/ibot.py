@@ -1,0 +1,120 @@
+"""iBOT and iBOT-vMF (appendix A.5): DINO's objective, and the same between masked patches and the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone import build_backbone, tokens
+from config import Recipe
+from method_settings import IBOTSettings
+from methods.method import Method, centred_targets, find_head, sample_rows
+from methods.network import Network, initialize_mlp
+from metrics import target_statistics
+from vmf_heads.compat.ibot import iBOTHead, iBOTLoss
+
+
+class PatchNetwork(Network):
+    """A backbone with a mask token and the head on its [CLS] and patch tokens."""
+
+    def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> tuple[tuple[Any, Any], Any]:
+        """What the head makes of [CLS] (2 * B) and patches (2 * B, N) of the two global crops, and of the local [CLS].
+
+        `crops` are (B, 3, h, w), the two global ones first; without local ones the last result is None. `masks`, when
+        given, are the patches (B, H, W) bool that the mask token replaces in each global crop.
+        """
+        mask = torch.cat(list(masks)).flatten(1) if masks else None
+        cls, patches = self.head(tokens(self.backbone, torch.cat(list(crops[:2])), mask=mask))
+        local = crops[2:]
+        return (cls, patches), self.head(tokens(self.backbone, torch.cat(list(local)))[:, 0]) if local else None
+
+
+class IBOT(Method):
+    """Both objectives with one MLP; the prototypes of [CLS] and patches are the same in the paper's setting.
+
+    Student and teacher have the same head. (In iBOT's own code the teacher's two sets of prototypes are one by default
+    where the student's are two.)
+    """
+
+    loss: iBOTLoss
+
+    def __init__(self, recipe: Recipe) -> None:
+        settings = recipe.ibot
+        assert settings is not None  # which the recipe has checked
+        self.settings: IBOTSettings = settings
+        loss = iBOTLoss(
+            recipe.out_dim,
+            settings.patch_out_dim,
+            2,
+            recipe.num_local_crops,
+            recipe.teacher_temp_warmup,
+            recipe.teacher_temp,
+            settings.patch_teacher_temp_warmup,
+            settings.patch_teacher_temp,
+            recipe.teacher_temp_warmup_epochs,
+            recipe.epochs,
+            student_temp=recipe.student_temp,
+            center_momentum=recipe.center_momentum,
+            center_momentum2=settings.patch_center_momentum,
+            lambda1=settings.cls_weight,
+            lambda2=settings.patch_weight,
+            mim_start_epoch=settings.mask_start_epoch,
+            centering=recipe.centering,
+            fused=recipe.fused_loss,
+        )
+        super().__init__(recipe, lambda drop_path: _build_network(recipe, settings, drop_path), loss)
+
+    def attach(self) -> None:
+        """Let the loss find the heads in student and teacher; once, after these were wrapped."""
+        self.loss.attach(self.student, self.teacher)
+
+    def forward(
+        self, batch: Mapping[str, list[Tensor]], epoch: int, *, commit: bool = True
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """See `Method.forward`; `batch["masks"]` are the masked patches (B, H, W) bool of the two global crops."""
+        crops, masks = batch["crops"], batch["masks"]
+        if epoch < self.settings.mask_start_epoch:
+            masks = [torch.zeros_like(mask) for mask in masks]
+        with torch.no_grad():
+            teacher_output, _ = self.teacher(crops[:2])
+        student_output, student_local = self.student(crops, masks)
+        sample = (sample_rows(teacher_output[0]), sample_rows(teacher_output[1]))
+        targets, patch_targets = self.loss.targets(sample, epoch)  # before the loss, which moves the centres
+        losses = self.loss(student_output, teacher_output, student_local, masks, epoch, commit=commit)
+        cls, patch = losses["cls"].detach(), losses["patch"].detach()
+        statistics: dict[str, float | Tensor] = {
+            "cls_loss": cls,
+            "patch_loss": patch,
+            "masked": torch.stack([mask.float().mean() for mask in masks]).mean(),
+            "teacher_temp": float(self.loss.teacher_temp_schedule[epoch]),
+            "patch_teacher_temp": float(self.loss.teacher_temp2_schedule[epoch]),
+        }
+        statistics |= target_statistics(targets, cls / self.settings.cls_weight)
+        of_patches = target_statistics(patch_targets, patch)
+        statistics |= {f"patch_{name}": of_patches[name] for name in ("target_entropy", "marginal_entropy")}
+        return losses["loss"], statistics | self.kappa_statistics()
+
+    def targets(self, scores: Tensor, epoch: int) -> Tensor:
+        """Eq. 7 (N, K)."""
+        return centred_targets(self.loss, find_head(self.teacher), scores, epoch)
+
+
+def _build_network(recipe: Recipe, settings: IBOTSettings, drop_path: float) -> PatchNetwork:
+    backbone = build_backbone(recipe, drop_path=drop_path, mask_token=True)
+    head = iBOTHead(
+        recipe.hidden_size,
+        recipe.out_dim,
+        patch_out_dim=settings.patch_out_dim,
+        norm="bn" if recipe.use_bn_in_head else None,
+        nlayers=recipe.head_layers,
+        hidden_dim=recipe.hidden_dim,
+        bottleneck_dim=recipe.bottleneck_dim,
+        norm_last_layer=recipe.normalization == "l2",
+        shared_head=settings.shared_head,
+        normalizer="vmf" if recipe.normalization == "vmf" else "none",
+    )
+    initialize_mlp(head, recipe.initializer_range)
+    return PatchNetwork(backbone, head)

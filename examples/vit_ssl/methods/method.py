@@ -1,0 +1,96 @@
+"""What every pretraining method is to the training loop and to the evaluation."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from config import Recipe
+from metrics import kappa_statistics
+from vmf_heads import HeadOutput, VMFPrototypeHead
+
+STATISTICS_ROWS = 256
+"""Teacher rows whose targets are looked at per step, so that the statistics need no (N, K) of all rows."""
+
+
+class Method(nn.Module, ABC):
+    """Student, teacher and loss of one run; equal recipes start from equal weights, drawn from `recipe.seed`.
+
+    `build(drop_path)` makes one network: the student with the recipe's drop path, then the teacher without. What DDP,
+    FSDP2 and compile wrap is `student` and `teacher`: replace the attributes, or change them in place, then `attach`.
+    The buffers of `loss` are its centres.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    loss: nn.Module
+
+    def __init__(self, recipe: Recipe, build: Callable[[float], nn.Module], loss: nn.Module) -> None:
+        super().__init__()
+        self.recipe = recipe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.student, self.teacher = build(recipe.drop_path), build(0.0)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.loss = loss
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Let the loss find the heads in student and teacher; once, after these were wrapped."""
+
+    @abstractmethod
+    def forward(
+        self, batch: Mapping[str, list[Tensor]], epoch: int, *, commit: bool = True
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The loss of a micro-batch (a mean over its images), and statistics of its targets and prototypes.
+
+        `batch` is what the method's transform gives, collated. commit=False on all but the last micro-batch of a step
+        lets a centre move once per step, by all of them.
+        """
+
+    def prototypes(self) -> nn.Module:
+        """The prototypes that the targets come from."""
+        return find_head(self.teacher).last_layer
+
+    @torch.no_grad()
+    def scores(self, features: Tensor) -> Tensor:
+        """The teacher's raw scores <w_k, y> (N, K) of backbone features (N, D), whatever output the loss attached."""
+        return self.prototypes()(F.normalize(find_head(self.teacher).mlp(features), dim=1), exact=True)
+
+    @abstractmethod
+    def targets(self, scores: Tensor, epoch: int) -> Tensor:
+        """The targets (N, K) the teacher would set for [CLS] tokens of these raw scores (N, K) at this epoch."""
+
+    def kappa_statistics(self) -> dict[str, Tensor]:
+        """Quantiles of kappa = ||w|| / student_temp over the student's prototypes."""
+        norms = find_head(self.student).last_layer.norms.detach()
+        # Under FSDP2 the parameters are shards outside of a forward.
+        norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms
+        return kappa_statistics(norms / self.recipe.student_temp)
+
+
+def find_head(network: nn.Module) -> VMFPrototypeHead:
+    """The head in `network`, through any wrapper."""
+    return next(module for module in network.modules() if isinstance(module, VMFPrototypeHead))
+
+
+def sample_rows(output: Tensor | HeadOutput, rows: int = STATISTICS_ROWS) -> Any:
+    """At most `rows` rows, evenly spaced, of what an attached head returned; all of them where there are no more."""
+    features = (output.features if isinstance(output, HeadOutput) else output).flatten(0, -2)
+    sample = features[:: math.ceil(len(features) / rows)]
+    return output._replace(features=sample) if isinstance(output, HeadOutput) else sample
+
+
+def centred_targets(loss: nn.Module, head: VMFPrototypeHead, scores: Tensor, epoch: int) -> Tensor:
+    """Eq. 7 (N, K) of raw scores (N, K), by the schedule and the centre of a `DINOLoss` or `iBOTLoss`."""
+    temperature = float(loss.teacher_temp_schedule[epoch])
+    state = loss.state_dict()
+    center = state["log_center"] if "log_center" in state else state["center"].flatten() / temperature
+    return torch.softmax(scores / temperature + head.log_normalizer(temperature) - center, dim=1)

@@ -1,0 +1,103 @@
+"""MSN (Assran et al., 2022), and MSN-vMF, with prototypes of any norm: anchors that see a part of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import Recipe
+from method_settings import MSNSettings
+from methods.method import Method, find_head
+from methods.network import build_network
+from metrics import target_statistics
+from vmf_heads import HeadOutput
+from vmf_heads.compat.msn import init_msn_loss
+
+
+class MSNLoss(nn.Module):
+    """Cross-entropy of the anchors' predictions with the sharpened one of the target, and the regularisers.
+
+    There is no centre, and so no buffer that a checkpoint would keep. Both sides use the student's prototypes: of norm
+    1 it is MSN's own loss, else Eq. 6 with log C_p (experimental: the paper has DINO and iBOT only). The (N, K) logits
+    of a small K cost little, so there is no fused path.
+    """
+
+    labels: Tensor
+
+    def __init__(self, recipe: Recipe, settings: MSNSettings) -> None:
+        super().__init__()
+        self.settings, self.tau = settings, recipe.student_temp
+        views = settings.rand_views + recipe.num_local_crops
+        self._loss = init_msn_loss(num_views=views, tau=self.tau, return_preds=True)
+        warmup, final = recipe.teacher_temp_warmup, recipe.teacher_temp
+        rise = np.linspace(warmup, final, recipe.teacher_temp_warmup_epochs)
+        self.teacher_temp_schedule = np.append(rise, np.full(recipe.epochs - len(rise), final))
+        self.register_buffer("labels", torch.eye(recipe.out_dim), persistent=False)
+
+    def sharpening(self, epoch: int) -> float:
+        """T: a target is the prediction to the power 1/T, normalised."""
+        return float(self.teacher_temp_schedule[epoch]) / self.tau
+
+    def forward(self, anchors: HeadOutput, target: Tensor, epoch: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """(loss, its parts, targets (B, K)) of the anchors' features (views * B, p), view by view, and of (B, p)."""
+        cross_entropy, me_max, entropy, _, targets = self._loss(
+            anchors.features,
+            target,
+            anchors.prototypes,
+            self.labels,
+            T=self.sharpening(epoch),
+            use_entropy=self.settings.entropy_weight > 0,
+            use_sinkhorn=self.settings.sinkhorn,
+        )
+        loss = cross_entropy + self.settings.me_max_weight * me_max + self.settings.entropy_weight * entropy
+        parts = {"cross_entropy": cross_entropy.detach(), "me_max": me_max.detach()}
+        return loss, parts, targets[: len(target)]
+
+
+class MSN(Method):
+    """The target is one global crop seen by the EMA encoder; anchors are the other crops, some without all patches.
+
+    me-max and Sinkhorn-Knopp look at a whole batch over all ranks: accumulating gradients over micro-batches gives them
+    smaller ones, and so another loss.
+    """
+
+    loss: MSNLoss
+
+    def __init__(self, recipe: Recipe) -> None:
+        assert recipe.msn is not None  # which the recipe has checked
+        super().__init__(
+            recipe,
+            lambda drop_path: build_network(recipe, drop_path=drop_path, output="prototypes"),
+            MSNLoss(recipe, recipe.msn),
+        )
+
+    def attach(self) -> None:
+        """Nothing: the heads return features and prototypes by themselves."""
+
+    def forward(
+        self, batch: Mapping[str, list[Tensor]], epoch: int, *, commit: bool = True
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """See `Method.forward`; `batch["keep"]` are the patches (B, n) int64 that the random anchors show.
+
+        The first of `batch["crops"]` is the target; `commit` has no effect, since there is no centre.
+        """
+        target, *anchors = batch["crops"]
+        with torch.no_grad():
+            target_output = self.teacher([target])
+        loss, parts, targets = self.loss(self.student(anchors, batch["keep"]), target_output.features, epoch)
+        statistics: dict[str, float | Tensor] = {"teacher_temp": float(self.loss.teacher_temp_schedule[epoch])}
+        statistics |= parts | target_statistics(targets, parts["cross_entropy"])
+        return loss, statistics | self.kappa_statistics()
+
+    def prototypes(self) -> nn.Module:
+        """The student's: MSN has no EMA of them."""
+        return find_head(self.student).last_layer
+
+    def targets(self, scores: Tensor, epoch: int) -> Tensor:
+        """The sharpened predictions (N, K), which Sinkhorn-Knopp then balances over the batch in training."""
+        log_normalizer = find_head(self.student).log_normalizer(self.loss.tau)
+        predictions = torch.log_softmax(scores / self.loss.tau + log_normalizer, dim=1)
+        return torch.softmax(predictions / self.loss.sharpening(epoch), dim=1)

@@ -1,0 +1,94 @@
+"""Frozen dataclasses of settings: read from plain dicts with their types checked, written back, compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+S = TypeVar("S")
+Ranges = tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
+"""(names of fields, what is allowed in words, whether a value is)."""
+
+
+def read_settings(cls: type[S], values: Mapping[str, Any], source: str, section: str = "") -> S:
+    """The dataclass `cls` with these values; every field must be there, with a value of the field's type.
+
+    Errors name the file or object `source`, and fields by their place: `section` is "" or ends in a dot.
+    """
+    kinds = typing.get_type_hints(cls)
+    if unknown := sorted(values.keys() - kinds.keys()):
+        named = ", ".join(section + name for name in unknown)
+        raise ValueError(f"{source}: unknown fields {named}; the fields are {', '.join(kinds)}")
+    if missing := [section + name for name in kinds if name not in values]:
+        raise ValueError(f"{source}: missing fields {', '.join(missing)}")
+    return cls(**{name: _typed(section + name, values[name], kind, source) for name, kind in kinds.items()})
+
+
+def check_ranges(settings: Any, ranges: Ranges, section: str = "") -> None:
+    """Raise ValueError naming the first field whose value is not allowed."""
+    for names, allowed, is_allowed in ranges:
+        check_fields(settings, names, allowed, is_allowed, section)
+
+
+def check_fields(
+    settings: Any, names: Iterable[str], allowed: str, is_allowed: Callable[[Any], bool], section: str = ""
+) -> None:
+    """Raise ValueError unless the value of each of these fields is allowed."""
+    for name in names:
+        if not is_allowed(getattr(settings, name)):
+            raise ValueError(f"`{section}{name}` (={getattr(settings, name)}) must be {allowed}")
+
+
+def is_share(value: float) -> bool:
+    """Whether a number is in [0, 1]."""
+    return 0 <= value <= 1
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The settings as dicts, lists and numbers, which YAML and JSON know."""
+
+    def listed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: listed(item) for key, item in value.items()}
+        return [listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return listed(dataclasses.asdict(settings))
+
+
+def flat(settings: Any, section: str = "") -> dict[str, Any]:
+    """The values by field name, those of a nested dataclass by "section.field"."""
+    values: dict[str, Any] = {}
+    for name, value in vars(settings).items():
+        nested = dataclasses.is_dataclass(value)
+        values |= flat(value, f"{section}{name}.") if nested else {section + name: value}
+    return values
+
+
+def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
+    if typing.get_origin(kind) is types.UnionType:  # Section | None
+        (section,) = [option for option in typing.get_args(kind) if option is not type(None)]
+        if value is None or isinstance(value, section):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"`{name}` (={value!r}) must be null or hold `field: value` lines")
+        return read_settings(section, value, source, f"{name}.")
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, typing.get_args(kind)))}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            raise ValueError(f"`{name}` (={value!r}) must be {len(kinds)} numbers")
+        return tuple(_typed(name, item, inner, source) for item, inner in zip(value, kinds, strict=True))
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3, without a dot, as text
+        except (TypeError, ValueError):
+            pass
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"`{name}` (={value!r}) must be of type {kind.__name__}")

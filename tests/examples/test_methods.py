@@ -1,0 +1,79 @@
+"""What holds for every method: equal starts, a teacher without gradients, states that can be loaded."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from augment import MultiCropDataset
+from config import load_recipe
+from data import load_images
+from methods import Method, build_method, transform
+
+TINY = {"hidden_size": 16, "out_dim": 8, "num_hidden_layers": 1, "hidden_dim": 16, "bottleneck_dim": 8}
+RECIPES = [f"photos_{method}{form}" for method in ("dino", "ibot", "msn") for form in ("", "_vmf")]
+
+
+def tiny(name: str) -> dict[str, Any]:
+    return TINY | ({"ibot.patch_out_dim": 8} if "ibot" in name else {})
+
+
+def attached(name: str, **overrides: Any) -> Method:
+    method = build_method(load_recipe(name, tiny(name) | overrides))
+    method.attach()
+    return method
+
+
+def batch(name: str, images: int = 4) -> dict[str, Any]:
+    recipe = load_recipe(name, tiny(name))
+    dataset = MultiCropDataset(load_images("photos", "train"), transform(recipe), recipe.seed)
+    return default_collate([dataset[index * 100] for index in range(images)])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_teacher_starts_as_the_student_and_gets_no_gradient(name: str) -> None:
+    method = attached(name)
+    ours, theirs = method.student.state_dict(), method.teacher.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    loss, _ = method(batch(name), 0)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in method.teacher.parameters())
+    for key, parameter in method.student.named_parameters():
+        frozen = key.endswith("weight_g") and method.recipe.normalization == "l2"
+        assert parameter.requires_grad is not frozen, key
+        assert frozen or parameter.grad.isfinite().all(), key
+        assert frozen or parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_equal_recipes_start_equal_and_other_seeds_do_not(name: str) -> None:
+    torch.manual_seed(5)
+    first, second, other = attached(name), attached(name), attached(name, seed=1)
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(5).get_state())  # it draws from a generator of its own
+    states = [method.student.state_dict() for method in (first, second, other)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[0]["head.last_layer.weight_v"], states[2]["head.last_layer.weight_v"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_method_survives_its_state_dict(name: str) -> None:
+    method, crops = attached(name), batch(name)
+    method(crops, 0)
+    copy = attached(name)
+    copy.load_state_dict(method.state_dict())
+    assert method(crops, 1)[0].item() == copy(crops, 1)[0].item()  # which needs the same centres
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_evaluation_sees_scores_and_targets(name: str) -> None:
+    method = attached(name)
+    method(batch(name), 0)
+    features = torch.randn(6, 16)
+    scores = method.scores(features)
+    assert scores.shape == (6, 8)
+    assert not scores.requires_grad
+    targets = method.targets(scores, 3)
+    torch.testing.assert_close(targets.sum(1), torch.ones(6))
+    assert (targets.argmax(1) != targets.argmax(1)[0]).any()
