@@ -79,6 +79,16 @@ def test_attach_refuses(student, teacher, message):
         dino_loss().attach(student, teacher)
 
 
+def test_attach_looks_in_the_outermost_submodule_of_that_name():
+    """A backbone may have a `head` of its own, the classifier."""
+    pair = models()
+    for model in pair:
+        model.backbone = nn.ModuleDict({"head": nn.Identity()})
+    loss = dino_loss()
+    loss.attach(*pair, head="head")
+    assert loss._heads == (pair[0].head, pair[1].head)
+
+
 def test_a_head_cannot_be_student_and_teacher():
     student, _ = models()
     with pytest.raises(ValueError, match="must have a head each: theirs is the same object"):

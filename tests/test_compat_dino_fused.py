@@ -51,6 +51,21 @@ def test_fused_is_unfused_with_frozen_prototypes(frozen: tuple[str, ...]) -> Non
     torch.testing.assert_close(training(True, frozen=frozen), training(False, frozen=frozen))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("centering", "center_on"), [("logit", "scores"), ("probability", "responsibilities")])
+def test_a_float32_centre_serves_float64_heads(centering: str, center_on: str, fused: bool) -> None:
+    states = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(3)
+        student, teacher = (m.to(dtype) for m in models())
+        loss = dino_loss(centering=centering, center_on=center_on, fused=fused)
+        loss.attach(student, teacher)
+        x = crops().to(dtype)
+        assert loss(student(x), teacher(x[: 2 * len(x) // NCROPS]), 0).dtype == dtype
+        states.append(loss.state_dict())
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+
+
 def test_cancelled_gradients_of_the_last_layer() -> None:
     """What DINO does in its first epochs: the gradient is computed and thrown away, and the next step is unharmed."""
     student, teacher = models()
@@ -104,7 +119,12 @@ def test_a_step_makes_neither_prototypes_nor_their_gradient(centering: str, monk
     assert [weight_v.grad.data_ptr()] == new.addresses
 
 
-def test_targets_of_an_attached_head_are_those_of_the_unfused_loss() -> None:
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
+def test_targets_of_an_attached_head_are_those_of_the_unfused_loss(
+    half: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("compat._centre", "_prototypes"):  # as under CUDA autocast: both round the same operands
+        monkeypatch.setattr(f"vmf_heads.{module}.autocast_dtype", lambda _: half)
     student, teacher = models()
     x = crops()[: 2 * 5]
     targets = []
@@ -115,3 +135,26 @@ def test_targets_of_an_attached_head_are_those_of_the_unfused_loss() -> None:
         targets.append(loss.targets(heads[1](x), 2))
     assert targets[0].shape == (10, K)
     torch.testing.assert_close(*targets)
+
+
+def cpu_autocast_dtype(_: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+@pytest.mark.parametrize("call", ["targets", "update_center"])
+def test_exact_heads_stay_exact_under_autocast(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`logits_dtype=torch.float32` counts for what the fused loss makes of features, too."""
+    # As on CUDA, whose autocast alone rounds operands.
+    monkeypatch.setattr("vmf_heads.compat._centre.autocast_dtype", cpu_autocast_dtype)
+    student, teacher = models(logits_dtype=torch.float32)
+    loss = dino_loss(fused=True)
+    loss.attach(student, teacher)
+    features = teacher(crops()[: 2 * 5])
+    results = []
+    for enabled in (False, True):
+        copied = copy.deepcopy(loss)
+        copied.attach(student, teacher)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            result = getattr(copied, call)(features, 0)
+        results.append(copied.state_dict() if result is None else result)
+    torch.testing.assert_close(*results, rtol=0, atol=0)

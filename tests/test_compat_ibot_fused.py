@@ -107,8 +107,7 @@ def test_a_step_holds_no_logits(centering: str, monkeypatch: pytest.MonkeyPatch)
     """Nor does anything that follows from them: nothing is larger than the features or a chunk."""
     monkeypatch.setattr("ibot_models.K", k := 64)
     chunk = 4 * k
-    for module in ("_chunked", "compat._centre"):
-        monkeypatch.setattr(f"vmf_heads.{module}._CHUNK_BYTES", {"cpu": 4 * chunk})
+    monkeypatch.setattr("vmf_heads._chunked._CHUNK_BYTES", {"cpu": 4 * chunk})
     student, teacher = models("both shared")
     loss = ibot_loss("both shared", centering=centering, fused=True)
     loss.attach(student, teacher)

@@ -165,6 +165,40 @@ def test_gradients_accumulate_over_backward_calls(reduction: str) -> None:
     torch.testing.assert_close([leaf.grad for leaf in leaves], [3 * gradient for gradient in once.values()])
 
 
+@pytest.mark.parametrize("name", ["teacher_features", "teacher_prototypes", "teacher_scale", "weights"])
+def test_a_teacher_that_moves_before_the_backward_of_per_row_losses_is_an_error(name: str) -> None:
+    """That pass starts again from the inputs: with others its gradients would be of another loss."""
+    arguments = problem(SHAPE, scales=True)
+    loss = prototype_cross_entropy(**arguments, reduction="none")[0].sum()
+    arguments[name].mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_per_row_losses_of_a_teacher_in_inference_mode() -> None:
+    arguments = problem(SHAPE)
+    with torch.inference_mode():
+        arguments["teacher_features"] = arguments["teacher_features"].clone()
+    loss = prototype_cross_entropy(**arguments, reduction="none")[0].sum()
+    torch.testing.assert_close(gradients(loss, arguments), gradients(reference(arguments)[0], arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("same_position", [True, False])
+def test_log_normalizers_of_another_dtype(same_position: bool, dtype: torch.dtype) -> None:
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    arguments = problem((5, 5, 13, 3, 1), dtype=dtype)
+    for name in ("student_log_normalizer", "teacher_log_normalizer", "log_center"):
+        arguments[name] = arguments[name].detach().to(other).requires_grad_(name.startswith("student"))
+    if same_position:
+        arguments["targets"] = None
+    loss = prototype_cross_entropy(**arguments)[0]
+    assert loss.dtype == dtype
+    expected = reference(arguments)[0]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients(loss, arguments), gradients(expected, arguments), rtol=1e-4, atol=1e-5)
+
+
 def test_micro_batches_sum_to_the_batch() -> None:
     arguments = problem((8, 4, 13, 3, 2))
     whole = gradients(prototype_cross_entropy(**arguments)[0], arguments)

@@ -96,9 +96,14 @@ def test_a_target_beyond_the_teacher_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "ncrops", "message"),
-    [(0, 2, "`batch_size` (=0) must be an integer >= 1"), (3, 1, "`ncrops` (=1) must be an integer >= 2")],
+    ("batch_size", "ncrops", "ngcrops", "message"),
+    [
+        (0, 2, 2, "`batch_size` (=0) must be an integer >= 1"),
+        (3, 1, 1, "`ncrops` (=1) must be an integer >= 2"),
+        (3, 2, 3, "`ncrops` (=2) must be an integer >= 3"),
+        (3, 2, 0, "`ngcrops` (=0) must be an integer >= 1"),
+    ],
 )
-def test_dino_pairs_refuses(batch_size: int, ncrops: int, message: str) -> None:
+def test_dino_pairs_refuses(batch_size: int, ncrops: int, ngcrops: int, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        dino_pairs(batch_size, ncrops)
+        dino_pairs(batch_size, ncrops, ngcrops=ngcrops)

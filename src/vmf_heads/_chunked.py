@@ -16,7 +16,7 @@ W may be given as directions and scales; then no product needs W itself (_weight
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,13 @@ class Distillation:
     product_dtype: torch.dtype | None
     epilogues: Epilogues
 
+    def tensors(self) -> list[Tensor]:
+        """All whose changes autograd can see: not those of inference mode. A compiled graph sees to that itself."""
+        if torch.compiler.is_compiling():
+            return []
+        values = (getattr(self, field.name) for field in fields(self))
+        return [x for x in values if isinstance(x, Tensor) and not x.is_inference()]
+
 
 class ChunkedCrossEntropy(Function):
     """(loss, log_sum) of student features (Ns, p), prototypes (K, p), scale (K,) and bias (K,).
@@ -67,8 +74,9 @@ class ChunkedCrossEntropy(Function):
         ctx.distillation, ctx.wanted = d, wanted
         now = (False, False, False, False) if d.per_row else wanted
         losses, log_sum, gradients = _finish(y, v, scale, b, d, now)
-        # Per-row losses meet gradients of their own in the backward pass, which has to start again from the inputs.
-        ctx.save_for_backward(*((y, v, scale, b) if d.per_row else gradients))
+        # Per-row losses meet gradients of their own in the backward pass, which has to start again from the inputs. All
+        # are saved, so that autograd reports one that has changed in place until then.
+        ctx.save_for_backward(*((y, v, scale, b, *d.tensors()) if d.per_row else gradients))
         ctx.mark_non_differentiable(log_sum)
         return (losses if d.per_row else losses.sum()), log_sum
 
@@ -78,7 +86,7 @@ class ChunkedCrossEntropy(Function):
         if not ctx.distillation.per_row:
             unscaled = _is_known_to_be_one(grad)  # spares a second (K, p) gradient
             return *(g if g is None or unscaled else g * grad for g in ctx.saved_tensors), None, None
-        y, v, scale, b = ctx.saved_tensors
+        y, v, scale, b, *_ = ctx.saved_tensors
         d = ctx.distillation
         shape = (len(y), 1) if d.targets is None else d.targets.shape
         weights = grad[:, None].expand(shape) if d.weights is None else d.weights * grad[:, None]
@@ -114,7 +122,7 @@ def _finish(
     total = _Accumulator(y, v, wanted)
     w = WeightNormed(v, scale, d.product_dtype)
     teacher = WeightNormed(d.teacher_prototypes, d.teacher_scale, d.product_dtype)
-    rows = d.chunk_rows or max(1, _CHUNK_BYTES.get(y.device.type, 2**25) // (4 * len(v)))
+    rows = d.chunk_rows or rows_in_budget(len(v), y.device)
     losses = (_same_position if d.targets is None else _any_position)(y, w, b, d, teacher, total, rows)
     dv, dscale = (None, None) if total.dw is None else w.gradients_(total.dw, wanted[1:3])
     return losses, total.log_sum, (total.dy, dv, dscale, total.db)
@@ -220,6 +228,11 @@ def _add_average(total: Tensor, p: Tensor, x: Tensor, dtype: torch.dtype | None)
     # Weighted features may be smaller than what float16 can hold.
     largest = torch.linalg.vector_norm(x, torch.inf).clamp(min=torch.finfo(x.dtype).tiny)
     total.add_(average(p, x / largest, dtype).mul_(largest))
+
+
+def rows_in_budget(columns: int, device: torch.device, buffers: int = 1) -> int:
+    """How many rows of float32 logits a chunk may have (at least 1), if so many buffers hold such rows."""
+    return max(1, _CHUNK_BYTES.get(device.type, 2**25) // (4 * columns * buffers))
 
 
 def _buffer(rows: int, v: Tensor) -> Tensor:

@@ -136,8 +136,9 @@ def prototype_cross_entropy(
     # Read here: inside an autograd.Function grad mode is always off.
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     with without_autocast(student_features.device):
+        dtype = at_least_float32(student_features).dtype  # of log C_p, too, which may come in another
         loss, log_sum = ChunkedCrossEntropy.apply(
-            *(x if x is None else at_least_float32(x) for x in inputs), distillation, wanted
+            *(x if x is None else x.to(dtype) for x in inputs), distillation, wanted
         )
     return loss, log_sum, len(teacher_features)
 
@@ -195,7 +196,8 @@ def dino_pairs(
     [[-1, 2], [-1, 3], [0, -1], [1, -1], [0, 2], [1, 3]]
     """
     at_least("batch_size", batch_size, 1)
-    at_least("ncrops", ncrops, 2)
+    at_least("ngcrops", ngcrops, 1)
+    at_least("ncrops", ncrops, max(2, ngcrops))
     image = torch.arange(batch_size, device=device).repeat(ncrops)
     view = torch.arange(ncrops, device=device).repeat_interleave(batch_size)
     teacher_view = torch.arange(ngcrops, device=device)

@@ -31,9 +31,10 @@ def submodule(model: nn.Module, name: str, head: str | None) -> nn.Module:
     """The outermost submodule of `model` called `head`, at any depth; all of `model` for None."""
     if head is None:
         return model
-    for path, module in model.named_modules(remove_duplicate=False):  # one head may have two names
-        if path.rpartition(".")[2] == head:
-            return module
+    modules = dict(model.named_modules(remove_duplicate=False))  # one head may have two names
+    paths = [path for path in modules if path.rpartition(".")[2] == head]
+    if paths:
+        return modules[min(paths, key=lambda path: path.count("."))]
     raise ValueError(f"`head` (={head!r}) must be the name of a submodule of `{name}` (a {type(model).__name__})")
 
 

@@ -77,7 +77,9 @@ class AttachedLoss(nn.Module):
         """The objective of this centre; `norms` (K,) of the prototypes that the teacher's last forward used."""
         if norms is None:
             raise RuntimeError("the attached teacher's head has not run: call the teacher before the loss")
-        return Objective(centering, temperature, self._attached()[1].log_normalizer(temperature, norms.detach()))
+        student, teacher = self._attached()
+        log_normalizer = teacher.log_normalizer(temperature, norms.detach())
+        return Objective(centering, temperature, log_normalizer, exact=student.logits_dtype is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_heads": None}  # a copy is not attached and does not carry the models along

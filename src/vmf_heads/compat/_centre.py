@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import one_of
-from .._chunked import _CHUNK_BYTES
+from .._chunked import rows_in_budget
 from .._distributed import all_reduce_sum_
-from .._matmul import at_least_float32, autocast_dtype, mm_float32, without_autocast
+from .._epilogues import affine_
+from .._matmul import at_least_float32, autocast_dtype, without_autocast
+from .._weight_norm import WeightNormed
 from ..centering import ProbabilityCentering
 from ..head import HeadOutput
 
@@ -68,7 +71,7 @@ class LogitCentre(nn.Module):
         else:  # scores are linear in the features
             rows = at_least_float32(output.features).flatten(0, -2)
             with without_autocast(rows.device):
-                score_sum = _column_factor(output) * (at_least_float32(output.directions) @ rows.sum(dim=0))
+                score_sum = scores_of(output._replace(features=rows.sum(dim=0, keepdim=True)))[0]
         logit_sum = score_sum + len(rows) * temperature * log_normalizer
         self._logit_sum = logit_sum if self._logit_sum is None else self._logit_sum + logit_sum
         self._rows += len(rows)
@@ -79,7 +82,7 @@ class LogitCentre(nn.Module):
         logit_sum = self.center.new_zeros(self.center.numel()) if self._logit_sum is None else self._logit_sum
         total = torch.cat([logit_sum, logit_sum.new_full((1,), self._rows)])
         all_reduce_sum_(total, self.process_group)
-        mean = (total[:-1] / total[-1]).view_as(self.center)
+        mean = (total[:-1] / total[-1]).view_as(self.center).to(self.center.dtype)
         # torch.where instead of a branch: whether any rank had rows is known on the device only.
         self.center.copy_(torch.where(total[-1] > 0, self.center.lerp(mean, 1 - self.momentum), self.center))
         self._logit_sum, self._rows = None, 0
@@ -108,29 +111,27 @@ def make_centre(
     return ProbabilityCentre(shape[-1], momentum, center_on=center_on, process_group=process_group)
 
 
+@torch.no_grad()
 def scores_of(output: HeadOutput) -> Tensor:
     """<w, y> (..., K), in float32; under CUDA autocast of operands in half precision, as in the head."""
-    rows = output.features.flatten(0, -2)
-    return _product(rows, output.directions, _column_factor(output)).unflatten(0, output.features.shape[:-1])
+    *leading, _ = output.features.shape
+    (scores,) = _chunks_of_scores(output, rows=math.prod(leading))
+    return scores.unflatten(0, leading)
 
 
-def _chunks_of_scores(output: HeadOutput) -> Iterator[Tensor]:
-    """The scores of a few rows at a time, as large as the chunks of the fused loss together with what follows."""
-    rows, factor = output.features.flatten(0, -2), _column_factor(output)
-    buffers = 4  # scores, logits, log-probabilities and probabilities
-    size = _CHUNK_BYTES.get(rows.device.type, 2**25) // (buffers * 4 * len(factor))
-    for chunk in rows.split(max(1, size)):
-        yield _product(chunk, output.directions, factor)
+def _chunks_of_scores(output: HeadOutput, rows: int | None = None) -> Iterator[Tensor]:
+    """The scores of at most so many rows at a time, each in the memory of the last.
 
-
-def _product(rows: Tensor, directions: Tensor, factor: Tensor) -> Tensor:
-    half = autocast_dtype(rows.device)
-    with without_autocast(rows.device):
-        if half is not None:
-            return mm_float32(rows.to(half), directions.T.to(half)).mul_(factor)
-        return (at_least_float32(rows) @ at_least_float32(directions).T).mul_(factor)
-
-
-def _column_factor(output: HeadOutput) -> Tensor:
-    """What turns products with the directions into products with the prototypes (K,)."""
-    return output.scales / torch.linalg.vector_norm(at_least_float32(output.directions), dim=1)
+    None: as many as the chunks of the fused loss have, together with what follows.
+    """
+    features, half = at_least_float32(output.features).flatten(0, -2), autocast_dtype(output.features.device)
+    if rows is None:
+        buffers = 4  # scores, logits, log-probabilities and probabilities
+        rows = rows_in_budget(len(output.scales), features.device, buffers)
+    with without_autocast(features.device):
+        prototypes = WeightNormed(at_least_float32(output.directions), at_least_float32(output.scales), half)
+    buffer = features.new_empty(min(rows, len(features)), len(output.scales))
+    for chunk in features.split(max(1, rows)):
+        with without_autocast(features.device):
+            scores = affine_(prototypes.products(chunk, buffer), prototypes.late_factor, None)
+        yield scores

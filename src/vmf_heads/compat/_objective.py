@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,23 +19,27 @@ from ._centre import Centre, ProbabilityCentre, scores_of
 class Objective:
     """The teacher's temperature, the log C_p of its prototypes at it (K,), up to a constant, and its centre.
 
-    What the teacher returned are raw scores (..., K), or a `HeadOutput` whose products they are.
+    What the teacher returned are raw scores (..., K), or a `HeadOutput` whose products they are. Those stay in float32
+    under CUDA autocast if they are `exact`.
     """
 
     centering: Centre
     temperature: float
     log_normalizer: Tensor
+    exact: bool
 
     @torch.no_grad()
     def targets(self, teacher: Tensor | HeadOutput) -> Tensor:
         """The teacher's probabilities (..., K), Eq. 7; the centre stays as it is."""
-        scores = at_least_float32(teacher) if isinstance(teacher, Tensor) else scores_of(teacher)
+        with self._precision(features_of(teacher).device):
+            scores = at_least_float32(teacher) if isinstance(teacher, Tensor) else scores_of(teacher)
         offset = self.log_normalizer - self.centering.offset(self.temperature)
         return torch.softmax(scores / self.temperature + offset, dim=-1)
 
     def accumulate_(self, teacher: Tensor | HeadOutput) -> None:
         """Add this to what the centre's next step averages; of a `HeadOutput` few rows have scores at a time."""
-        self.centering.add_(teacher, self.temperature, self.log_normalizer)
+        with self._precision(features_of(teacher).device):
+            self.centering.add_(teacher, self.temperature, self.log_normalizer)
 
     def cross_entropy(
         self,
@@ -47,8 +51,8 @@ class Objective:
         weights: Tensor,
     ) -> Tensor:
         """`prototype_cross_entropy` of all these rows, which enter the centre's next step as in `accumulate_`."""
-        device, centering = student.features.device, self.centering
-        with nullcontext() if student_head.logits_dtype is None else without_autocast(device):
+        centering = self.centering
+        with self._precision(student.features.device):
             loss, log_sum, rows = prototype_cross_entropy(
                 student.features,
                 student.directions,
@@ -70,6 +74,9 @@ class Objective:
         else:
             self.accumulate_(teacher)
         return loss
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[None]:
+        return without_autocast(device) if self.exact else nullcontext()
 
 
 def features_of(output: Tensor | HeadOutput) -> Tensor:
