@@ -15,6 +15,7 @@ from backbone import cls_token
 from checkpoint import load_run, random_backbone, save_checkpoint
 from config import load_recipe
 from data import load_images
+from evaluation_rows import print_table
 from evaluators import features
 from evaluators.fewshot import FewShotOptions
 from evaluators.linear import LinearOptions
@@ -102,6 +103,12 @@ def test_all_protocols_are_appended_and_printed(run_directory, folder, capsys):
     assert written(run_directory) + evaluate.evaluate(request(run_directory, data=folder), "knn") == written(
         run_directory
     )
+
+
+def test_columns_are_as_wide_as_their_longest_metric(capsys):
+    row = {"protocol": "retrieval", "features": "teacher", "split": "test", "metric": "roxford5k_medium_mP@10"}
+    print_table(iter([row | {"value": 0.5}, row | {"metric": "top1", "value": 1}]))
+    assert len({len(line) for line in capsys.readouterr().out.splitlines()}) == 1
 
 
 def test_predictions_are_kept_for_paired_comparisons(run_directory, folder):

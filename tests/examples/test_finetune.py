@@ -218,7 +218,7 @@ def test_learning_rate_is_chosen_on_val(monkeypatch):
     sweep = metric.options["val_top1_by_lr"]
     assert list(sweep) == ["1e-09", "0.003"]
     assert sweep["0.003"] > sweep["1e-09"]
-    assert metric.options["lr"] == 3e-3
+    assert (metric.options["lr"], metric.options["n"]) == (3e-3, 64)
     assert loaded == ["train", "val", "test"]
     alone, _ = finetune(given, dataclasses.replace(options, lr=(3e-3,)))
     assert loaded[3:] == ["train", "test"]  # nothing to choose: no val split is needed

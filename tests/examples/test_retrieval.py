@@ -155,7 +155,18 @@ TRUTH = {"bbx": [0, 0, 9, 9], "easy": [0], "hard": [1], "junk": []}
             rf"2 of the 17 images of gnd_roxford5k\.pkl are not in '.*', first 'image_000004\.jpg': {TREE}",
         ),
         (change(gnd=[{}] * 3), ValueError, rf"{NOT_A_TRUTH}KeyError\('bbx'\)"),
-        (change(gnd=[TRUTH | {"easy": [14]}] * 3), ValueError, rf"{NOT_A_TRUTH}.*query 0 lists an image outside 0"),
+        *(
+            (
+                change(gnd=[TRUTH | {"easy": numbers}] * 3),
+                ValueError,
+                rf"{NOT_A_TRUTH}.*query_000000\.jpg lists an image",
+            )
+            for numbers in ([14], [-1], [1.5], [float("nan")], [10**30], ["a"])
+        ),
+        *(
+            (change(gnd=[TRUTH | {"bbx": box}] * 3), ValueError, rf"{NOT_A_TRUTH}.*box of query_000000\.jpg must")
+            for box in ([5, 0, 5, 9], [0, 9, 5, 1], [0, 0, float("nan"), 9], [0, 0, 5, float("inf")])
+        ),
         (change(gnd=[TRUTH] * 2), ValueError, rf"{NOT_A_TRUTH}.*zip"),
         (change(gnd=[TRUTH | {"bbx": [1, 2]}] * 3), ValueError, rf"{NOT_A_TRUTH}.*not enough values"),
         (change(gnd=[], qimlist=[]), ValueError, rf"{NOT_A_TRUTH}.*no query"),

@@ -142,6 +142,11 @@ FRAME, ANNOTATION = "JPEGImages/480p/one/00002.jpg", "Annotations/480p/one/00002
         (remove("ImageSets"), NotApplicable, rf"`data` \(='.*'\) is not the folder of DAVIS: {TREE}"),
         (remove("ImageSets/2017/val.txt"), FileNotFoundError, rf"has no ImageSets/2017/val\.txt: {TREE}"),
         (lambda data: (data / "ImageSets/2017/val.txt").write_text("\n"), FileNotFoundError, f"no sequence: {TREE}"),
+        (
+            lambda data: (data / "ImageSets/2017/val.txt").write_text("one\n../480p/two\n"),
+            ValueError,
+            rf"must name folders of JPEGImages/480p, not '\.\./480p/two': {TREE}",
+        ),
         (remove("JPEGImages/480p/two"), FileNotFoundError, f"no frames of the sequence 'two': {TREE}"),
         (remove("Annotations/480p/one"), FileNotFoundError, rf"6 of 6 frames of the sequence 'one' .*: {TREE}"),
         (remove(ANNOTATION), FileNotFoundError, r"1 of 6 frames of the sequence 'one' .*one/00002\.png"),

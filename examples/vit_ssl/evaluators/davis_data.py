@@ -36,7 +36,7 @@ def load_davis(data: Path, image_set: str = "val") -> list[Video]:
 
     Raises:
         FileNotFoundError: the list is missing or empty, or a sequence lacks its frames or the annotation of one.
-        ValueError: a sequence has no frame between its first and its last, so nothing to be scored.
+        ValueError: a name is a path, or a sequence has no frame between its first and its last, none to be scored.
     """
     listing = data / "ImageSets" / "2017" / f"{image_set}.txt"
     if not listing.is_file():
@@ -44,6 +44,9 @@ def load_davis(data: Path, image_set: str = "val") -> list[Video]:
     names = listing.read_text().split()
     if not names:
         raise FileNotFoundError(f"{str(listing)!r} names no sequence: {TREE}")
+    for name in names:  # masks are written to a folder of that name
+        if name in (".", "..") or Path(name).name != name:
+            raise ValueError(f"{str(listing)!r} must name folders of JPEGImages/480p, not {name!r}: {TREE}")
     return [_video(data, name) for name in names]
 
 

@@ -63,7 +63,8 @@ def finetune(evaluation: Evaluation, options: FinetuneOptions = DEFAULTS) -> Ite
     sweep = {lr: top1(*splits["val"]) for lr, splits in found.items() if "val" in splits}
     best = max(sweep, key=sweep.__getitem__, default=options.lr[0])
     labels, predicted = found[best][evaluation.split]
-    notes = {"lr": best, "val_top1_by_lr": {f"{lr:g}": value for lr, value in sweep.items()}, "epochs": options.epochs}
+    notes = {"n": len(labels), "lr": best, "epochs": options.epochs}
+    notes["val_top1_by_lr"] = {f"{lr:g}": value for lr, value in sweep.items()}
     yield Metric("top1", top1(labels, predicted), notes, predicted)
     yield Metric("per_class", per_class(labels, predicted), notes)
 

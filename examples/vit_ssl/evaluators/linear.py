@@ -79,6 +79,10 @@ def sgd(evaluation: Evaluation, options: LinearOptions) -> Iterator[Metric]:
             raise NotApplicable("`augment` (=True) needs a backbone and images, not raw pixels")
         images = load_images(evaluation.dataset, "train", data=evaluation.data)
         held_out, rest = _hold_out(len(images), options)
+        # The rows of images are those of features only where every image has some.
+        if len(held_out) and (unreadable := len(images) - len(evaluation.features("train").labels)):
+            given = f"`holdout` (={options.holdout}) with `augment`"
+            raise ValueError(f"{given} needs all train images, but {unreadable} could not be read")
         epochs = augmented_epochs(encoder, images, rest, list(val), schedule, options.num_workers)
     else:
         train = {kind: evaluation.features("train", kind) for kind in val}

@@ -58,10 +58,9 @@ def load_landmarks(data: Path, name: str) -> Landmarks:
     try:
         images = [folder / f"{image}.jpg" for image in content["imlist"]]
         names = [folder / f"{image}.jpg" for image in content["qimlist"]]
-        queries = [_query(image, entry) for image, entry in zip(names, content["gnd"], strict=True)]
+        queries = [_query(image, entry, len(images)) for image, entry in zip(names, content["gnd"], strict=True)]
         if not queries:
             raise ValueError("no query")
-        _check(queries, len(images))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{str(path)!r} is no ground truth of revisited Oxford or Paris: {error!r}") from error
     present = {file.name for file in folder.iterdir()}
@@ -73,14 +72,11 @@ def load_landmarks(data: Path, name: str) -> Landmarks:
     return Landmarks(images, queries)
 
 
-def _query(image: Path, entry: dict[str, Any]) -> Query:
+def _query(image: Path, entry: dict[str, Any], images: int) -> Query:
     left, upper, right, lower = (float(edge) for edge in np.ravel(entry["bbx"]))
-    easy, hard, junk = (np.ravel(entry[key]).astype(np.int64) for key in ("easy", "hard", "junk"))
-    return Query(image, (left, upper, right, lower), easy, hard, junk)
-
-
-def _check(queries: list[Query], images: int) -> None:
-    for number, query in enumerate(queries):
-        listed = np.concatenate([query.easy, query.hard, query.junk])
-        if len(listed) and not 0 <= listed.min() <= listed.max() < images:
-            raise ValueError(f"query {number} lists an image outside 0 ... {images - 1}")
+    if not (-np.inf < left < right < np.inf and -np.inf < upper < lower < np.inf):
+        raise ValueError(f"the box of {image.name} must be left < right, upper < lower, not {entry['bbx']}")
+    easy, hard, junk = (np.ravel(entry[key]) for key in ("easy", "hard", "junk"))
+    if not np.isin(np.concatenate([easy, hard, junk]), np.arange(images)).all():
+        raise ValueError(f"{image.name} lists an image outside 0 ... {images - 1}")
+    return Query(image, (left, upper, right, lower), *(numbers.astype(np.int64) for numbers in (easy, hard, junk)))

@@ -69,7 +69,7 @@ def video_segmentation(evaluation: Evaluation, options: VideoOptions = VideoOpti
     videos = load_davis(evaluation.data, options.image_set)
     folder = evaluation.output / "davis2017" if options.write_masks else None
     mininterval = 0.1 if sys.stderr.isatty() else 5  # a log file keeps every line
-    bar = tqdm(share(videos), "DAVIS", unit="sequence", mininterval=mininterval, disable=not is_main())
+    bar = tqdm(share(videos), "DAVIS", unit="sequence", leave=False, mininterval=mininterval, disable=not is_main())
     scores = gather([_evaluate(evaluation.encoder, video, settings, folder) for video in bar])
     if is_main():
         _write_objects(evaluation.output / f"davis2017-{options.image_set}.csv", videos, scores)
