@@ -27,7 +27,7 @@ class Recipe:
     method: Literal["dino", "ibot", "msn"]
     dataset: Literal["photos", "digits", "folder", "hub", "stream"]
     seed: int
-    num_workers: int  # data loading processes; changes the speed, never the result
+    num_workers: int  # data loading processes; changes the speed alone, or the order of a stream
     precision: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 autocast on CUDA, float32 elsewhere
     save_every: int  # epochs between checkpoints; one is also written at the end and on SIGTERM or SIGINT
 
@@ -84,7 +84,7 @@ class Recipe:
     schedule_stretch: float  # lr, weight decay and momentum end after so many times `epochs`; DINO 1, MSN 1.25
     freeze_last_layer_epochs: int
     clip_grad: float  # largest gradient norm; 0: no clipping
-    clip_grad_over: Literal["parameter", "network"]  # whose norm that is: of each parameter, or as in MSN of all
+    clip_grad_over: Literal["parameter", "network"]  # of each parameter, or as in MSN of all but prototypes
 
     # What only one method has; null for the others.
     ibot: IBOTSettings | None

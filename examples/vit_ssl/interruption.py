@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -28,3 +29,11 @@ def postponed_signals(*, ignore_repeats: bool = False) -> Iterator[list[int]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def leave_process_group(_worker: int) -> None:
+    """For a loader process: a signal to the whole group, as a terminal and torchrun send it, shall not end it.
+
+    The training process needs it to finish the step, and ends it then; one whose parent has died ends by itself.
+    """
+    os.setpgrp()

@@ -14,6 +14,7 @@ from augment import MultiCropDataset
 from config import Recipe
 from data import Images, load_images
 from distributed import rank, world_size
+from interruption import leave_process_group
 from methods import transform
 from stream import ImageStream, StreamedViews, stream_batches
 
@@ -101,6 +102,7 @@ def load_batches(dataset: Dataset, batches: list[list[int]], num_workers: int) -
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
+        worker_init_fn=leave_process_group,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or each loader would draw from the global one
     )

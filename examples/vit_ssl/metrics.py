@@ -57,7 +57,8 @@ def mean_statistics(micro_batches: list[dict[str, float | Tensor]], signal: int 
     """Statistics of a step, averaged over its micro-batches and processes, and the largest `signal` of any process.
 
     Loss, entropies and KL are means over images, so this is what one process would have found, but for
-    `marginal_entropy` and `prototypes_used`: those are of the sample that one process sees of one micro-batch.
+    `marginal_entropy` and `prototypes_used`: those are of the sample that one process sees of one micro-batch. (Where a
+    micro-batch has more teacher rows than the statistics look at, entropies and KL are estimates from these.)
     One collective, and one wait for the device.
     """
     names = list(micro_batches[0])

@@ -28,12 +28,14 @@ def parameter_groups(student: nn.Module, *, decay_prototypes: bool = True) -> li
 def clip_gradients(
     student: nn.Module, largest: float, *, over: Literal["parameter", "network"] = "parameter"
 ) -> Tensor:
-    """Clip the gradient norm of each parameter on its own, as DINO does, or that of all as one, as MSN does.
+    """Clip the gradient norm of each parameter on its own, as DINO does, or that of the network as one, as MSN does.
 
-    `largest` 0 clips nothing. Returns the norm of all before clipping. Under FSDP2, where each process holds a part of
+    In the second case the prototypes neither count nor are clipped: MSN keeps them beside its network. `largest` 0
+    clips nothing. Returns the norm of all gradients before clipping. Under FSDP2, where each process holds a part of
     every gradient, norms are those of whole gradients.
     """
-    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    named = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+    gradients = list(named.values())
     parts = [local(gradient) for gradient in gradients]
     norms = torch.stack([part.norm() for part in parts])
     if any(part is not gradient for part, gradient in zip(parts, gradients, strict=True)):
@@ -42,7 +44,10 @@ def clip_gradients(
         norms = squares.sqrt()
     total = norms.norm()
     if largest > 0:
-        clipped = norms if over == "parameter" else total.expand_as(norms)
+        clipped = norms
+        if over == "network":
+            inside = norms.new_tensor(["last_layer" not in name for name in named])
+            clipped = inside * (inside * norms).norm()
         for part, factor in zip(parts, (largest / (clipped + 1e-6)).clamp(max=1), strict=True):
             part.mul_(factor)
     return total

@@ -5,8 +5,8 @@
 
 writes recipe.yaml, metrics.jsonl (a row per step), checkpoint.pt and, at the end, the teacher's backbone as a
 transformers model in backbone/. SIGTERM or Ctrl-C saves and stops; the same command with --resume continues at that
-very step, with any number of processes. With the same number and on CPUs it gives bit for bit the losses of an
-uninterrupted run.
+very step, with any number of processes. With the same number (of a stream's loader processes, too) and on CPUs it gives
+bit for bit the losses of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Run the command line, from recipe to exported backbone, in one process or as one of torchrun's."""
-    for name, low in [("max_steps", 1), ("log_every", 1), ("collapse_window", 0), ("num_workers", 0)]:
+    lowest = {"max_steps": 1, "images_per_epoch": 1, "log_every": 1, "collapse_window": 0, "num_workers": 0}
+    for name, low in lowest.items():
         if (value := getattr(options, name)) is not None and value < low:
             raise ValueError(f"`{name}` (={value}) must be at least {low}")
     recipe = load_recipe(options.recipe, parse_overrides(options))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hub import content, decode, open_set
+from interruption import leave_process_group
 
 SHUFFLE_BUFFER = 1000
 """Undecoded images among which each loader process draws the next one; shards are shuffled besides."""
@@ -43,7 +44,7 @@ class ImageStream:
         """The undecoded images of part `index` of `parts`, in an order drawn from (seed, epoch), without end.
 
         The parts are whole files where their number divides by `parts`; otherwise every part reads all files and keeps
-        its share. A part that is shorter than an epoch needs begins anew.
+        its share. A part that is shorter than an epoch needs begins anew; one without any image raises ValueError.
         """
         from datasets.distributed import split_dataset_by_node
 
@@ -52,8 +53,12 @@ class ImageStream:
             shuffled = self._rows.shuffle(seed=order, buffer_size=SHUFFLE_BUFFER)
             mine = split_dataset_by_node(shuffled, rank=index, world_size=parts)
             # By `iter`, which does not divide once more by loader processes, as plain iteration would.
+            found = 0
             for batch in mine.iter(batch_size=32):
+                found += len(batch[self.column])
                 yield from batch[self.column]
+            if not found:
+                raise ValueError(f"part {index} of {parts} of the stream holds no image: use fewer loader processes")
 
 
 class StreamedViews(IterableDataset):
@@ -109,6 +114,7 @@ def stream_batches(views: StreamedViews, num_workers: int) -> Iterable[Any]:
         views,
         batch_size=views.batch_size,
         num_workers=num_workers,
+        worker_init_fn=leave_process_group,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or each loader would draw from the global one
     )

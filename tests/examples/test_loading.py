@@ -1,5 +1,7 @@
 """Which images meet in a step, and which of them a process takes."""
 
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,16 @@ def test_the_rest_of_an_epoch_is_what_the_whole_would_have_given() -> None:
         assert all(np.array_equal(a, b) for a, b in zip(ours["crops"], theirs["crops"], strict=True))
 
 
+def test_a_signal_to_the_process_group_does_not_reach_loader_processes() -> None:
+    recipe = load_recipe("photos_dino_vmf", {"dataset": "digits", "batch_size": 8})
+    steps = load_steps(training_images(recipe, None, None), recipe, 0, 0, 8, accumulate=1, num_workers=2)
+    next(steps)
+    next(steps)  # now both have started
+    groups = [os.getpgid(process.pid) for process in multiprocessing.active_children()]
+    assert len(groups) == 2
+    assert os.getpgrp() not in groups
+
+
 def test_the_rest_of_an_epoch_of_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -62,6 +74,8 @@ def test_the_rest_of_an_epoch_of_a_stream(tmp_path: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(rest[0], whole[2], rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"`batch_size` \(=8\) must be at most the number of images \(=7\)"):
         training_images(recipe, tmp_path / "set", 7)
+    with pytest.raises(ValueError, match="part 24 of 25 of the stream holds no image: use fewer loader processes"):
+        next(images.part(24, 25, seed=0, epoch=0))
 
 
 def test_a_stream_needs_a_name() -> None:

@@ -61,6 +61,15 @@ def test_all_gradients_clipped_as_one() -> None:
     assert [parameter.grad.norm().item() for parameter in network] == pytest.approx([0.6, 0.8], rel=1e-5)
 
 
+def test_prototypes_are_no_part_of_the_network_that_is_clipped_as_one() -> None:
+    # As in MSN, whose prototypes are beside the encoder: a large gradient of theirs must not shrink the encoder's.
+    student = nn.ModuleDict({"mlp": nn.Linear(1, 1), "last_layer": nn.Linear(1, 1, bias=False)})
+    for parameter, gradient in zip(student.parameters(), (3.0, 4.0, 12.0), strict=True):
+        parameter.grad = torch.full_like(parameter, gradient)
+    assert clip_gradients(student, 1.0, over="network").item() == pytest.approx(13.0)
+    assert [parameter.grad.item() for parameter in student.parameters()] == pytest.approx([0.6, 0.8, 12.0], rel=1e-5)
+
+
 def test_the_last_layer_stays_where_it_is_without_gradients() -> None:
     student = build_method(load_recipe("photos_dino_vmf", {"hidden_size": 16, "out_dim": 8})).student
     for parameter in student.parameters():

@@ -136,14 +136,18 @@ def test_interrupted_in_the_middle_of_an_epoch_and_resumed(signum: signal.Signal
     output = tmp_path / "interrupted"
     command = [sys.executable, pretrain.__file__, "--recipe", "photos_dino_vmf", "--output", str(output)]
     process = subprocess.Popen(
-        [*command, "--set", *TINY], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+        [*command, "--num-workers", "2", "--set", *TINY],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while not (output / METRICS).exists() or len((output / METRICS).read_text().splitlines()) < 5:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # loader processes too, as torchrun and a terminal do
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     step = load_checkpoint(output)["step"]
@@ -233,6 +237,7 @@ def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
         ((), {"accumulate": 0}, r"`accumulate` \(=0\) must be at least 1"),
         ((), {"accumulate": 5}, r"`batch_size` \(=32\) must be a multiple of 5: 1 processes x `accumulate` \(=5\)"),
         ((), {"strategy": "fsdp2"}, r"`strategy` \(='fsdp2'\) needs torchrun"),
+        (("dataset=stream",), {"images_per_epoch": 0}, r"`images_per_epoch` \(=0\) must be at least 1"),
         ((), {"images_per_epoch": 9}, r"`images_per_epoch` \(=9\) is only for `dataset` 'stream'"),
         (("lr",), {}, r"`--set` \(='lr'\) must be FIELD=VALUE"),
         (("speed=1",), {}, r"unknown fields speed"),
