@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from hub import load_hub
+from image_files import open_image
 
 NAMES = ("photos", "digits", "folder", "hub")
 SPLITS = ("train", "val", "test")
@@ -59,7 +60,7 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         item = self.items[index]
-        return (_open(item) if isinstance(item, Path) else item), int(self.labels[index])
+        return (open_image(item).convert("RGB") if isinstance(item, Path) else item), int(self.labels[index])
 
 
 def load_images(name: str, split: str, *, data: Path | None = None) -> Images:
@@ -98,19 +99,6 @@ def load_images(name: str, split: str, *, data: Path | None = None) -> Images:
     return _photos(split) if name == "photos" else _digits(split)
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # what PIL raises for damaged files
-        raise OSError(f"cannot read the image {str(path)!r}: {error}") from error
-
-
 def split_columns(columns: int) -> dict[str, range]:
     """Columns of cells of each split; the two columns between them (the margins) belong to none."""
     test = round(0.28 * (columns - 2))
@@ -123,9 +111,8 @@ def load_photo(filename: str) -> Image.Image:
     """One photograph in RGB; halved where its longer side is over 800 px, so that it does not outnumber the others."""
     import skimage.data
 
-    photo = _open(
-        Path(skimage.data.__file__).parent / filename
-    )  # by path: skimage.data's functions may try to download
+    # By path: skimage.data's functions may try to download.
+    photo = open_image(Path(skimage.data.__file__).parent / filename).convert("RGB")
     return photo.reduce(2) if max(photo.size) > 800 else photo
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from image_files import open_image
+
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
 """What the hub's sets call our splits."""
 
@@ -77,8 +79,4 @@ def content(item: dict[str, Any]) -> bytes:
 
 def decode(file: bytes, name: str) -> Image.Image:
     """An image file in RGB; OSError with `name` where it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(file)) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, for damaged files
-        raise OSError(f"cannot read {name}: {error}") from error
+    return open_image(io.BytesIO(file), name).convert("RGB")

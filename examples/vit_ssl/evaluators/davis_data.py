@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from augment import to_tensor
-from evaluators.image_files import open_image
+from image_files import open_image
 
 TREE = (
     "expected DATA/JPEGImages/480p/SEQUENCE/*.jpg, DATA/Annotations/480p/SEQUENCE/*.png and "

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from augment import to_tensor
 from distributed import is_main
-from evaluators.image_files import open_image
 from evaluators.shares import gather, share
+from image_files import open_image
 
 if TYPE_CHECKING:
     from encoder import Encoder

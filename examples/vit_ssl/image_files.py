@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """The image in the mode in which it was stored, read completely.
 
     Raises:
-        OSError: naming the path, when the file is no image, truncated or otherwise damaged.
+        OSError: with `name`, by default the path, when the file is no image, truncated or otherwise damaged.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises for such files
-        raise OSError(f"cannot read the image {str(path)!r}: {error}") from error
+        raise OSError(f"cannot read {name or f'the image {str(source)!r}'}: {error}") from error
