@@ -9,15 +9,7 @@ import torch
 from evaluators import knn as module
 from evaluators.knn import KNNOptions, knn, nearest_neighbours, predict
 from evaluators.protocol import Evaluation, Features
-
-
-def blobs(seed, n=60, classes=3, dim=5, spread=1.0):
-    centers = np.random.default_rng(99).normal(size=(classes, dim))
-    rng = np.random.default_rng(seed)
-    labels = np.arange(n) % classes
-    x = (centers[labels] + spread * rng.normal(size=(n, dim))).astype(np.float32)
-    return Features(x, labels.astype(np.int64), [f"class {number}" for number in range(classes)])
-
+from feature_blobs import blobs
 
 SPLITS = {"train": blobs(0), "val": blobs(1, 45), "test": blobs(2, 50)}
 

@@ -14,17 +14,9 @@ from data import Images
 from evaluators import linear as module
 from evaluators.linear import LRS, LinearOptions, linear
 from evaluators.logistic_probe import logistic_probe
-from evaluators.protocol import Evaluation, Features, NotApplicable
+from evaluators.protocol import Evaluation, NotApplicable
 from evaluators.sgd_probe import LinearProbes, Schedule, predict, stored_epochs, train_probes
-
-
-def blobs(seed, n=60, classes=3, dim=5, spread=1.0):
-    centers = np.random.default_rng(99).normal(size=(classes, dim))
-    rng = np.random.default_rng(seed)
-    labels = np.arange(n) % classes
-    x = (centers[labels] + spread * rng.normal(size=(n, dim))).astype(np.float32)
-    return Features(x, labels.astype(np.int64), [f"class {number}" for number in range(classes)])
-
+from feature_blobs import blobs
 
 SPLITS = {"train": blobs(0), "val": blobs(1, 45), "test": blobs(2, 50)}
 
