@@ -56,9 +56,8 @@ class DINOv2ProjectionHead(VMFPrototypeHead):
     @property
     def mlp(self) -> nn.Module:  # type: ignore[override]
         """The MLP by the name that `VMFPrototypeHead` uses; not a second submodule."""
-        return self.get_submodule(
-            "layers"
-        )  # while the base class is built this fails, and nn.Module finds the MLP itself
+        # While the base class is built this fails, and nn.Module finds the MLP itself.
+        return self.get_submodule("layers")
 
 
 class DINOProjectionHead(DINOv2ProjectionHead):
