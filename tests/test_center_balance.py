@@ -1,4 +1,4 @@
-"""What each centre of the teacher balances at its fixed point (docs/evidence.md): the identities, and what they cost."""
+"""What each centre of the teacher balances at its fixed point (docs/evidence.md)."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_the_readings_differ_in_what_a_concentrated_prototype_gets(heads, featur
     printed, responsibilities = by_reading.values()
     assert printed[: K // 2].sum() > 0.95
     assert 0.3 < responsibilities[: K // 2].sum() < 0.7
-    assert printed.min() * K < 1e-4
+    assert printed.min() * K < 1e-2
     assert 0.3 < responsibilities.min() * K < responsibilities.max() * K < 3
 
 

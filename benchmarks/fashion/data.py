@@ -43,9 +43,9 @@ def load(folder: Path | None = None) -> dict[str, Images]:
 
 
 def random_crops(x: Tensor, scale: tuple[float, float], generator: torch.Generator, *, strength: float) -> Tensor:
-    """One crop per image of (N, 1, 28, 28), resized to 28 px: an area in `scale`, aspect 3/4 to 4/3, half of them mirrored.
+    """One crop per image of (N, 1, 28, 28), resized to 28 px: its area in `scale`, its aspect from 3/4 to 4/3.
 
-    Brightness and contrast change by up to `strength`.
+    Half of them are mirrored; brightness and contrast change by up to `strength`.
     """
     uniform = torch.rand(6, len(x), generator=generator)
     area = scale[0] + (scale[1] - scale[0]) * uniform[0]

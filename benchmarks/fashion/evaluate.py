@@ -17,7 +17,9 @@ def features(network: torch.nn.Module, x: Tensor) -> Tensor:
     return torch.cat([network(chunk.contiguous(memory_format=torch.channels_last)) for chunk in x.split(1000)])
 
 
-def nearest_neighbours(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 10, temperature: float = 0.07) -> Tensor:
+def nearest_neighbours(
+    bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 10, temperature: float = 0.07
+) -> Tensor:
     """The class (N,) for which the k nearest of the bank vote, each with weight exp(cosine / temperature)."""
     bank = F.normalize(bank, dim=1)
     predicted = []

@@ -3,12 +3,14 @@
 import copy
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.fashion.data import Images, random_crops
 from vmf_heads.compat.dino import DINOHead, DINOLoss
+from vmf_heads.optim import separate_norms
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,16 @@ class Settings:
     normalization: str = "vmf"
     centering: str = "probability"
     center_on: str = "scores"
-    norm_speed: float = 10.0
-    steps: int = 1000
-    batch: int = 256
+    norm_speed: float = 30.0
+    steps: int = 600
+    batch: int = 128
     prototypes: int = 256
-    bottleneck: int = 32
+    bottleneck: int = 16
     hidden: int = 256
     widths: tuple[int, ...] = (16, 32, 64)
-    pool: int = 2
-    lr: float = 2e-3
-    warmup: int = 100
+    pool: int = 4
+    lr: float = 5e-3
+    warmup: int = 60
     weight_decay: float = 0.04
     student_temp: float = 0.1
     teacher_temp: float = 0.05
@@ -91,11 +93,11 @@ def train(settings: Settings, images: Images, seed: int) -> Trained:
     optimizer = torch.optim.AdamW(_groups(student, settings))
     for step in range(settings.steps):
         for group in optimizer.param_groups:
-            group["lr"] = group["speed"] * _lr(step, settings)
+            group["lr"] = _lr(step, settings) * group.get("lr_multiplier", 1.0)
         x = images.x[torch.randint(len(images.x), (settings.batch,), generator=generator)]
-        crops = torch.cat([
-            random_crops(x, settings.global_scale, generator, strength=settings.strength) for _ in range(2)
-        ])
+        crops = torch.cat(
+            [random_crops(x, settings.global_scale, generator, strength=settings.strength) for _ in range(2)]
+        )
         with torch.no_grad():
             teacher_output = teacher(crops)
         loss = loss_fn(student(crops), teacher_output, 0)
@@ -110,16 +112,15 @@ def train(settings: Settings, images: Images, seed: int) -> Trained:
     return trained
 
 
-def _groups(student: Network, settings: Settings) -> list[dict]:
-    norms = student.head.last_layer.weight_g
-    rest = [parameter for parameter in student.parameters() if parameter is not norms]
-    groups = [
-        {"params": [x for x in rest if x.ndim > 1], "weight_decay": settings.weight_decay, "speed": 1.0},
-        {"params": [x for x in rest if x.ndim == 1], "weight_decay": 0.0, "speed": 1.0},
+def _groups(student: Network, settings: Settings) -> list[dict[str, Any]]:
+    parameters = list(student.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [x for x in parameters if x.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [x for x in parameters if x.ndim == 1], "weight_decay": 0.0},
     ]
-    if norms.requires_grad:
-        groups.append({"params": [norms], "weight_decay": 0.0, "speed": settings.norm_speed})
-    return groups
+    if settings.normalization == "l2":
+        return groups  # the norms are frozen
+    return separate_norms(groups, student, lr=settings.lr, lr_multiplier=settings.norm_speed)
 
 
 def _lr(step: int, settings: Settings) -> float:

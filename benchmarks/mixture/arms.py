@@ -48,7 +48,7 @@ class Centre:
         logit             c <- m c + (1 - m) mean_b (<w, y_b>/tau + log C_p)                          Eq. 8
         scores            c <- m c + (1 - m) log mean_b softmax(<w, y_b>/tau)                         Eq. 9, as printed
         responsibilities  c <- m c + (1 - m) log mean_b softmax(<w, y_b>/tau + log C_p)               Eq. 9, by A.4
-        targets           c <- c + (1 - m) (log mean_b softmax(<w, y_b>/tau + log C_p - c) + log K)   the targets' own mean
+        targets           c <- c + (1 - m) (log mean_b softmax(<w, y_b>/tau + log C_p - c) + log K)   of the targets
     """
 
     def __init__(self, rule: str, shape: tuple[int, ...], momentum: float) -> None:

@@ -4,18 +4,18 @@ import math
 from typing import Any
 
 import torch
+from examples.known_mixture import concentration
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.mixture.problem import Problem
 from benchmarks.mixture.train import Run
-from examples.known_mixture import concentration
 
 
 def measures(run: Run, losses: Tensor, problem: Problem) -> list[dict[str, Any]]:
     """One row per seed: use of the prototypes, purity, what the norms mean, entropies, and how quiet training was."""
-    seeds, clusters, count, p = problem.points.shape
+    seeds, clusters, count, _ = problem.points.shape
     everything = run.teacher_logits(problem.points.flatten(1, 2))
     cluster = torch.arange(clusters).repeat_interleave(count)
     norms = run.teacher[1].abs()
@@ -47,8 +47,8 @@ def used(logits: Tensor) -> float:
 def clustering(winner: Tensor, cluster: Tensor, norms: Tensor, points: Tensor, kappa: Tensor) -> dict[str, Any]:
     """Of points (N, p) of a known `cluster`, won by a prototype each.
 
-    Purity is the share of points whose prototype has the majority in their cluster. A norm is compared with the true kappa
-    of that cluster, and with the maximum-likelihood kappa of the very points that the prototype won (20 at least).
+    Purity is the share of points whose prototype has the majority in their cluster. A norm is compared with the true
+    kappa of that cluster, and with the maximum-likelihood kappa of the points that the prototype won (20 at least).
     """
     table = torch.zeros(len(norms), len(kappa)).index_put_((winner, cluster), torch.ones(len(winner)), accumulate=True)
     size, (largest, majority) = table.sum(1), table.max(1)

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+from examples.known_mixture import concentration, sample_vmf
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.known_mixture import concentration, sample_vmf
 from vmf_heads import log_vmf_normalizer, vmf_mean_resultant
+
+OVERLAPPING = {8: (15.0, 300.0), 16: (15.0, 300.0), 64: (15.0, 300.0), 256: (30.0, 600.0)}
+"""The smallest and the largest kappa at each p with which the true mixture confuses a few per cent of the points."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,19 @@ class Problem:
         return (found == torch.arange(len(self.kappa))[:, None]).float().mean((1, 2))
 
 
-def problem(p: int, seeds: list[int], *, clusters: int = 16, count: int = 500) -> Problem:
-    """Clusters whose mean cosines are those of kappa = 15 to 300 (log-spaced) at p = 16, whatever `p`.
+def problem(p: int, seeds: list[int], *, kind: str = "cosines", clusters: int = 16, count: int = 500) -> Problem:
+    """Clusters in random directions whose `kappa` are log-spaced between two ends that differ by a factor of about 20.
 
-    The same kappa is another shape at another p: at p = 256 a cluster of kappa 15 is nearly uniform on the sphere.
+    kind="cosines": the mean cosines are those of kappa = 15 to 300 at p = 16, whatever `p`. Random directions of a
+    large space are nearly orthogonal, so the clusters overlap at p = 8 and are well apart at p = 64 and 256.
+    kind="overlap": the ends are in `OVERLAPPING`, and the broad clusters overlap at every p.
     """
-    ends = concentration(vmf_mean_resultant(torch.tensor([15.0, 300.0], dtype=torch.float64), 16), p).log()
-    kappa = torch.linspace(float(ends[0]), float(ends[1]), clusters).exp()
+    if kind == "overlap":
+        ends = torch.tensor(OVERLAPPING[p])
+    else:
+        ends = concentration(vmf_mean_resultant(torch.tensor(OVERLAPPING[16]).double(), 16), p)
+    low, high = ends.log().tolist()
+    kappa = torch.linspace(low, high, clusters).exp()
     means, points = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)

@@ -12,11 +12,13 @@ from benchmarks.mixture.problem import Problem
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run. `norm_speed` multiplies the learning rate of the norms, `norm_decay` is AdamW's weight decay on them."""
+    """Of a run. `norm_speed` multiplies the learning rate of the norms, `norm_decay` is AdamW's weight decay on them,
+    `initial_norm` what they start from (1 in DINO)."""
 
     prototypes: int = 64
     norm_speed: float = 1.0
     norm_decay: float = 0.0
+    initial_norm: float = 1.0
     steps: int = 1500
     batch: int = 256
     lr: float = 5e-3
@@ -27,12 +29,12 @@ class Settings:
 
 
 class Run:
-    """S independent runs. Each is `compat.dino` with an identity for an encoder: only prototypes and centre can move."""
+    """S independent runs of `compat.dino` without an encoder: only prototypes, norms and centre can move."""
 
     def __init__(self, arm: Arm, settings: Settings, directions: Tensor) -> None:
         self.arm, self.settings, self.p = arm, settings, directions.shape[-1]
         self.directions = directions.clone().requires_grad_()  # (S, K, p)
-        self.scales = torch.ones(directions.shape[:2]).requires_grad_()  # (S, K)
+        self.scales = torch.full(directions.shape[:2], settings.initial_norm).requires_grad_()  # (S, K)
         groups = [{"params": [self.directions], "weight_decay": 0.0}]
         if arm.normalization != "l2":
             lr = settings.lr * settings.norm_speed
