@@ -30,7 +30,7 @@ TROUBLE: dict[str, dict[str, Any]] = {
     "batch 16": {"batch": 16},
     "K 2048": {"prototypes": 2048},
 }
-BANK = 20_000
+BANK = 10_000
 """Images with which the queries are compared: the first so many of the training split."""
 
 
