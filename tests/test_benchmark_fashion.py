@@ -70,13 +70,12 @@ def test_every_cell_trains_and_only_free_norms_move(folder: Path, options: dict)
 
 
 def test_the_command_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    arms = dict(list(run.ARMS.items())[:2])
+    arms = list(run.ARMS)[:2]
     monkeypatch.setattr(run, "Settings", lambda **options: dataclasses.replace(TINY, **options))
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(run, "ARMS", arms)
-    run.fashion(seeds=(0,), data=folder, output=tmp_path)
+    run.fashion(arms=tuple(arms), seeds=(0,), data=folder, output=tmp_path)
     capsys.readouterr()
-    run.fashion(seeds=(0, 1), data=folder, output=tmp_path)
+    run.fashion(arms=tuple(arms), seeds=(0, 1), data=folder, output=tmp_path)
     assert "seed 0" not in capsys.readouterr().out
     found = json.loads(next((tmp_path / "results").iterdir()).read_text())
     assert [(row["seed"], row["arm"]) for row in found["rows"]] == [(seed, arm) for seed in (0, 1) for arm in arms]

@@ -7,21 +7,21 @@ from benchmarks.mixture.train import Settings
 
 MAIN = ("none, logit", "none, probability", "L2, logit", "vMF, scores", "vMF, responsibilities", "vMF, targets")
 DEFAULTS = Settings()
+MEASURES = {
+    "used: scores": "used_by_scores",
+    "logits": "used_by_logits",
+    "targets": "used_by_targets",
+    "purity": "purity",
+    "rank: true κ": "rank_correlation",
+    "own κ": "rank_correlation_own",
+}
+"""Their names in the result files, by the heads of their columns."""
 
 
 def readings(result: dict[str, Any]) -> str:
     """p = 16, more prototypes than clusters: every contender at every speed of the norms."""
     rows = select(result["rows"], p=16, prototypes=64)
-    header = (
-        "norms",
-        "normalisation, centre",
-        "used: scores",
-        "logits",
-        "targets",
-        "purity",
-        "rank correlation",
-        "H(mean)",
-    )
+    header = ("norms", "normalisation, centre", *MEASURES, "H(mean)")
     lines = []
     for speed, decay in dict.fromkeys((row["norm_speed"], row["norm_decay"]) for row in rows):
         of_speed = select(rows, norm_speed=speed, norm_decay=decay)
@@ -34,17 +34,7 @@ def readings(result: dict[str, Any]) -> str:
 
 def other_problems(result: dict[str, Any]) -> str:
     """The other p, and fewer prototypes than clusters: at three times the learning rate for the norms."""
-    header = (
-        "p",
-        "K",
-        "ceiling of purity",
-        "normalisation, centre",
-        "used: scores",
-        "logits",
-        "targets",
-        "purity",
-        "rank",
-    )
+    header = ("p", "K", "ceiling", "normalisation, centre", *MEASURES)
     lines = []
     cases = dict.fromkeys((row["prototypes"], row["p"]) for row in result["rows"])
     for prototypes, p in sorted(cases, key=lambda case: (-case[0], case[1])):
@@ -106,12 +96,11 @@ def change_of(row: dict[str, Any]) -> str:
 
 
 def _measures(rows: Rows) -> tuple[str, ...]:
-    names = ("used_by_scores", "used_by_logits", "used_by_targets", "purity", "rank_correlation")
-    return tuple(_of(rows, name) for name in names)
+    return tuple(_of(rows, name) for name in MEASURES.values())
 
 
 def _of(rows: Rows, name: str) -> str:
-    return text([row[name] for row in rows], signed=name == "rank_correlation")
+    return text([row[name] for row in rows], signed="correlation" in name)
 
 
 def _mean(rows: Rows, name: str) -> float:
