@@ -14,21 +14,24 @@ MEASURES = {
     "purity": "purity",
     "rank: true κ": "rank_correlation",
     "own κ": "rank_correlation_own",
+    "H(mean)": "marginal_entropy",
 }
+COLLAPSED = 0.1
+"""Below this entropy of the mean target, over ln K, nearly all images have one and the same target."""
 """Their names in the result files, by the heads of their columns."""
 
 
 def readings(result: dict[str, Any]) -> str:
     """p = 16, more prototypes than clusters: every contender at every speed of the norms."""
     rows = select(result["rows"], p=16, prototypes=64)
-    header = ("norms", "normalisation, centre", *MEASURES, "H(mean)")
+    header = ("norms", "normalisation, centre", *MEASURES)
     lines = []
     for speed, decay in dict.fromkeys((row["norm_speed"], row["norm_decay"]) for row in rows):
         of_speed = select(rows, norm_speed=speed, norm_decay=decay)
         for arm in dict.fromkeys(row["arm"] for row in of_speed):
             own = select(of_speed, arm=arm)
             norms = "fixed" if arm.startswith("L2") else f"× {speed:g}" + (f", decay {decay:g}" if decay else "")
-            lines.append((norms, arm, *_measures(own), _of(own, "marginal_entropy")))
+            lines.append((norms, arm, *_measures(own)))
     return table(header, lines)
 
 
@@ -65,7 +68,7 @@ def kappa(result: dict[str, Any]) -> str:
 
 
 def stability(result: dict[str, Any]) -> str:
-    """One line per invitation to trouble: the share of prototypes in use, and the largest rise of the loss."""
+    """One line per invitation to trouble: the share of prototypes in use, the largest rise of the loss, collapses."""
     arms = list(dict.fromkeys(row["arm"] for row in result["rows"]))
     lines = []
     for p, change in dict.fromkeys((row["p"], change_of(row)) for row in result["rows"]):
@@ -73,7 +76,7 @@ def stability(result: dict[str, Any]) -> str:
         cells = []
         for arm in arms:
             own = select(rows, arm=arm)
-            cells.append(f"{_mean(own, 'used_by_logits'):.2f}, {_mean(own, 'spike'):.2f}" if own else "–")
+            cells.append(_outcome(own) if own else "–")
         lines.append((str(p), change, *cells))
     return table(("p", "change", *arms), lines)
 
@@ -93,6 +96,12 @@ def change_of(row: dict[str, Any]) -> str:
     }
     changed = [word.format(row[name]) for name, word in words.items() if row[name] != getattr(DEFAULTS, name)]
     return ", ".join(changed) or "none"
+
+
+def _outcome(rows: Rows) -> str:
+    used, rise = (f"{_mean(rows, name):.2f}" for name in ("used_by_logits", "spike"))
+    collapsed = sum(not row["finite"] or row["marginal_entropy"] < COLLAPSED for row in rows)
+    return f"{used}, {rise}" + (f", **{collapsed} of {len(rows)} collapsed**" if collapsed else "")
 
 
 def _measures(rows: Rows) -> tuple[str, ...]:
