@@ -22,7 +22,7 @@ COLLAPSED = 0.1
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Plain DINO, DINO with L2-normalised prototypes and DINO-vMF by both readings, p = 16, norms three times as fast."""
+    """Plain DINO, DINO with L2-normalised prototypes and DINO-vMF by both readings, p = 16, fast norms."""
     names = {
         "DINO": "none, logit",
         "DINO, L2-normalised prototypes": "L2, logit",
