@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..head import HeadOutput
-from ._ibot_head import iBOTHead
-from ._objective import features_of, with_prototypes
+from ...prototypes import HeadOutput
+from .._teacher import features_of, with_prototypes
+from .head import iBOTHead
 
 # Of an attached head: logits or scores, or features, or features with the prototypes they belong to.
 Output = Tensor | HeadOutput
@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
         return Tokens(with_prototypes(self.cls, head.last_layer), with_prototypes(self.patch, head.last_layer2))
 
     def patches(self, index: Tensor) -> HeadOutput:
-        """These of all patches, with their prototypes: features (len(index), p)."""
+        """The patches of these row numbers as a `HeadOutput`, with features (len(index), p)."""
         return self.patch._replace(features=self.patch.features.flatten(0, 1)[index])
 
 

@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._checks import at_least, one_of
-from .._prototypes import Prototypes
-from ..head import VMFPrototypeHead
+from ..._checks import at_least, one_of
+from ...head import PrototypeHead
+from ...mlp import projection_mlp
+from ...prototypes import Prototypes
 
 NORMS = {"bn": nn.BatchNorm1d, "syncbn": nn.SyncBatchNorm, "ln": nn.LayerNorm}
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
-class iBOTHead(VMFPrototypeHead):
+class iBOTHead(PrototypeHead):
     """iBOT's projection head for [CLS] and patch tokens with log C_p(kappa) in both logits (appendix A.5).
 
     The first token of a sequence meets the prototypes of `last_layer`, all others those of `last_layer2`; each logit
@@ -28,18 +29,20 @@ class iBOTHead(VMFPrototypeHead):
         norm: None, "bn", "syncbn" or "ln" after the hidden layers of the MLP; as in iBOT one module serves all of them.
         act: "gelu" or "relu".
         last_norm: must be None. A normalisation of the logits would undo what log C_p means.
-        nlayers, hidden_dim, bottleneck_dim: of the MLP; see `VMFPrototypeHead`. The bottleneck must be there
-            (>= 2): without it there is no sphere.
+        nlayers: number of linear layers in the MLP.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: dimension p of the sphere's space, >= 2. iBOT's 0 (no bottleneck) is refused: without it there
+            is no sphere.
         norm_last_layer: freeze the norms of both sets of prototypes at 1. iBOT's default is True; here it is False.
         shared_head: `last_layer2` *is* `last_layer`. (iBOT shares the teacher's by default, not the student's.)
-        temperature, normalizer, output, logits_dtype: see `VMFPrototypeHead`; for both sets of prototypes.
+        options: temperature, normalizer, output and float32_scores of `VMFPrototypeHead`, for both sets of prototypes.
 
     Shape: (B, in_dim) -> (B, K); (B, 1 + N, in_dim) -> ((B, K), (B, N, K2)).
 
     Raises:
         ValueError, TypeError: an argument is out of its range; each message names it and what is allowed.
 
-    Source: Govindarajan et al., ICLR 2023, appendix A.5; Zhou et al., ICLR 2022.
+    Reference: Govindarajan et al., ICLR 2023, appendix A.5; Zhou et al., ICLR 2022.
 
     >>> import torch
     >>> from vmf_heads.compat.ibot import iBOTHead
@@ -73,24 +76,26 @@ class iBOTHead(VMFPrototypeHead):
         if norm is not None:
             one_of("norm", norm, NORMS)
         one_of("act", act, ACTIVATIONS)
-        super().__init__(
+        at_least("out_dim", out_dim, 1)
+        # As in iBOT one module serves after every hidden layer.
+        shared_norm = None if norm is None else NORMS[norm](hidden_dim)
+        shared_act = ACTIVATIONS[act]()
+        mlp = projection_mlp(
             in_dim,
-            out_dim,
-            norm_last_layer=norm_last_layer,
-            nlayers=nlayers,
-            hidden_dim=hidden_dim,
-            bottleneck_dim=bottleneck_dim,
-            **options,
+            hidden_dim,
+            bottleneck_dim,
+            nlayers,
+            norm=None if shared_norm is None else lambda: shared_norm,
+            act=lambda: shared_act,
         )
-        if norm is not None or act != "gelu":
-            self.mlp = _rebuilt(self.mlp, NORMS[norm](hidden_dim) if norm is not None else None, ACTIVATIONS[act]())
+        prototypes = Prototypes(bottleneck_dim, out_dim, freeze_norms=norm_last_layer)
+        super().__init__(in_dim, mlp, prototypes, **options)
         if shared_head:
-            self.last_layer2 = self.last_layer
+            self.last_layer2 = prototypes
         else:
-            self.last_layer2 = Prototypes(bottleneck_dim, at_least("patch_out_dim", patch_out_dim, 1))
-            self.last_layer2.weight_g.requires_grad = not norm_last_layer
-        self.num_patch_prototypes = len(self.last_layer2.weight_g)
-        self.last_patch_prototype_norms: Tensor | None = None
+            of_patches = at_least("patch_out_dim", patch_out_dim, 1)
+            self.last_layer2 = Prototypes(bottleneck_dim, of_patches, freeze_norms=norm_last_layer)
+        self.num_patch_prototypes = self.last_layer2.num_prototypes
 
     def forward(self, x: Tensor, temperature: float | None = None) -> Any:
         """Logits of [CLS] features (B, in_dim), or the pair of [CLS] and patch logits of sequences (B, 1 + N, in_dim).
@@ -101,29 +106,8 @@ class iBOTHead(VMFPrototypeHead):
             return super().forward(x, temperature)
         if x.dim() != 3 or x.shape[1] < 1 or x.shape[2] != self.in_dim:
             raise ValueError(f"`x` (of shape {tuple(x.shape)}) must be (B, D) or (B, 1 + N, D) with D={self.in_dim}")
-        features = self._features(x)
-        if (self._attached_output or self.output) == "scores":
-            # Copies: under FSDP the parameters' storage is freed after this forward.
-            self.last_prototype_norms = self.last_layer.norms.detach().clone()
-            self.last_patch_prototype_norms = self.last_layer2.norms.detach().clone()
+        features = self.features(x)
         return (
-            self._of_features(self.last_layer, features[:, 0], temperature),
-            self._of_features(self.last_layer2, features[:, 1:], temperature),
+            self.read(self.last_layer, features[:, 0], temperature),
+            self.read(self.last_layer2, features[:, 1:], temperature),
         )
-
-    def release(self) -> None:
-        """Undo `attach_output`: the head returns what its constructor's `output` says."""
-        super().release()
-        self.last_patch_prototype_norms = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"last_patch_prototype_norms": None}
-
-
-def _rebuilt(mlp: nn.Module, norm: nn.Module | None, act: nn.Module) -> nn.Module:
-    """The same linear layers with `norm` and `act` after each but the last."""
-    if isinstance(mlp, nn.Linear):
-        return mlp
-    *hidden, last = [m for m in mlp.children() if isinstance(m, nn.Linear)]
-    between = [act] if norm is None else [norm, act]
-    return nn.Sequential(*(module for linear in hidden for module in (linear, *between)), last)

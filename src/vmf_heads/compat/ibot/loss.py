@@ -1,20 +1,4 @@
-"""iBOT-vMF inside bytedance/ibot: `iBOTHead` and `iBOTLoss` with the original's names and signatures.
-
-The change to main_ibot.py, to be run with `--norm_last_layer false`::
-
-    -from models.head import iBOTHead
-    +from vmf_heads.compat.ibot import iBOTHead, iBOTLoss as VMFiBOTLoss
-
-    -    ibot_loss = iBOTLoss(
-    +    ibot_loss = VMFiBOTLoss(
-
-    +    ibot_loss.attach(student, teacher)     # after both are built and wrapped
-
-(The alias is needed because main_ibot.py defines its own class iBOTLoss further down, which would shadow the import.)
-The accuracy `acc` that main_ibot.py logs compares the argmax of the teacher's raw scores with that of the student's
-logits; in the original both are scores. With fused=True its two lines ask the loss for them: `teacher_scores`,
-`student_logits`.
-"""
+"""The loss of iBOT-vMF: the [CLS] objective and the masked patches' objective."""
 
 from __future__ import annotations
 
@@ -24,20 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import at_least
-from .._matmul import at_least_float32
-from ..cross_entropy import dino_pairs
-from ._attached import AttachedLoss
-from ._centre import Centre, make_centre, scores_of
-from ._ibot_head import iBOTHead
-from ._ibot_tokens import Output, Tokens, check_shapes
-from ._objective import Objective, features_of, with_prototypes
-from ._temperature import temperature_at, temperature_schedule
+from ..._checks import at_least
+from ..._matmul import at_least_float32
+from ...centering import Centering, make_centering
+from ...cross_entropy import dino_pairs
+from .._attached import AttachedLoss
+from .._teacher import TeacherSide, features_of, with_prototypes
+from .._temperature import temperature_at, temperature_schedule
+from .head import iBOTHead
+from .tokens import Output, Tokens, check_shapes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-__all__ = ["iBOTHead", "iBOTLoss"]
 
 
 class iBOTLoss(AttachedLoss):
@@ -77,9 +59,9 @@ class iBOTLoss(AttachedLoss):
 
     Raises:
         ValueError, TypeError: an argument is out of its range or an output has the wrong shape.
-        RuntimeError: called before `attach`, or the teacher's head has not run.
+        RuntimeError: called before `attach`.
 
-    Source: Govindarajan et al., ICLR 2023, Eq. 6, 7, 9 and appendix A.5; Zhou et al., ICLR 2022.
+    Reference: Govindarajan et al., ICLR 2023, Eq. 6, 7, 9 and appendix A.5; Zhou et al., ICLR 2022.
 
     >>> import torch
     >>> from vmf_heads.compat.ibot import iBOTHead, iBOTLoss
@@ -93,7 +75,7 @@ class iBOTLoss(AttachedLoss):
     ['cls', 'loss', 'patch']
     """
 
-    centering2: Centre
+    centering2: Centering
     STATE_NAMES: ClassVar[dict[str, str]] = AttachedLoss.STATE_NAMES | {
         inside.replace(".", "2."): f"{outside}2" for inside, outside in AttachedLoss.STATE_NAMES.items()
     }
@@ -149,8 +131,10 @@ class iBOTLoss(AttachedLoss):
             suffix="2",
         )
         options: dict[str, Any] = {"centering": centering, "center_on": center_on, "process_group": process_group}
-        self.centering = make_centre((1, out_dim), center_momentum, **options)
-        self.centering2 = make_centre((1, 1, patch_out_dim), center_momentum2, name="center_momentum2", **options)
+        self.centering = make_centering((1, out_dim), center_momentum, **options)
+        self.centering2 = make_centering(
+            (1, 1, patch_out_dim), center_momentum2, momentum_name="center_momentum2", **options
+        )
 
     @property
     def center2(self) -> Any:
@@ -195,7 +179,7 @@ class iBOTLoss(AttachedLoss):
     def targets(self, teacher_output: tuple[Output, Output], epoch: int) -> tuple[Tensor, Tensor]:
         """The teacher's probabilities of [CLS] (..., K) and patch tokens (..., K2), Eq. 7; the centres stay as they
         are."""
-        teacher, cls, patch = self._teacher(Tokens(*teacher_output), epoch)
+        teacher, cls, patch = self._read(Tokens(*teacher_output), epoch)
         return cls.targets(teacher.cls), patch.targets(teacher.patch)
 
     @torch.no_grad()
@@ -204,9 +188,9 @@ class iBOTLoss(AttachedLoss):
 
         commit=False only adds the batch to those that the next step will average.
         """
-        teacher, *objectives = self._teacher(Tokens(teacher_cls, teacher_patch), epoch)
-        for output, objective in zip(teacher, objectives, strict=True):
-            objective.accumulate_(output)
+        teacher, *sides = self._read(Tokens(teacher_cls, teacher_patch), epoch)
+        for output, side in zip(teacher, sides, strict=True):
+            side.accumulate_(output)
         if commit:
             self._commit()
 
@@ -218,18 +202,20 @@ class iBOTLoss(AttachedLoss):
         if not self.fused:
             return features_of(student_cls)
         output = with_prototypes(student_cls, head.last_layer)
-        return scores_of(output) + self.student_temp * head.log_normalizer(self.student_temp, output.norms)
+        scores = output.scores(exact=head.float32_scores)
+        return scores + self.student_temp * head.log_normalizer(self.student_temp, output.norms)
 
     @torch.no_grad()
     def teacher_scores(self, teacher_cls: Output) -> Tensor:
         """The same of the teacher: its raw scores (..., K)."""
         if not self.fused:
             return features_of(teacher_cls)
-        return scores_of(with_prototypes(teacher_cls, self._attached()[1].last_layer))
+        head = self._attached()[1]
+        return with_prototypes(teacher_cls, head.last_layer).scores(exact=head.float32_scores)
 
     def _losses(self, student: Tokens, teacher: Tokens, weights: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Both losses from logits and scores, which join what the next step of the centres averages."""
-        teacher, cls, patch = self._teacher(teacher, epoch)
+        teacher, cls, patch = self._read(teacher, epoch)
         log_p = self._log_probabilities(student.cls).chunk(self.ncrops)
         total_cls = log_p[0].new_zeros(())
         for q, target in enumerate(cls.targets(teacher.cls).chunk(self.ngcrops)):
@@ -249,17 +235,22 @@ class iBOTLoss(AttachedLoss):
 
     def _fused_losses(self, student: Tokens, teacher: Tokens, weights: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The same from features. Only masked patches of the student take part, all of the teacher's are centred."""
-        head = self._attached()[0]
-        student = student.with_prototypes(head)
-        teacher, cls, patch = self._teacher(teacher, epoch)
+        student = student.with_prototypes(self._attached()[0])
+        teacher, cls, patch = self._read(teacher, epoch)
         images = len(teacher.cls.features) // self.ngcrops
-        targets, pair_weights = dino_pairs(images, self.ncrops, ngcrops=self.ngcrops, device=weights.device)
-        loss_cls = cls.cross_entropy(student.cls, teacher.cls, head, targets=targets, weights=pair_weights)
+        pairs, pair_weights = dino_pairs(images, self.ncrops, ngcrops=self.ngcrops, device=weights.device)
+        loss_cls = cls.cross_entropy(
+            student.cls, teacher.cls, self.student_temp, teacher_rows=pairs, weights=pair_weights
+        )
 
         weights = weights.flatten()
         masked, visible = (rows.nonzero().squeeze(1) for rows in (weights > 0, weights == 0))
         loss_patch = patch.cross_entropy(
-            student.patches(masked), teacher.patches(masked), head, targets=None, weights=weights[masked, None]
+            student.patches(masked),
+            teacher.patches(masked),
+            self.student_temp,
+            teacher_rows=None,
+            weights=weights[masked, None],
         )
         patch.accumulate_(teacher.patches(visible))
         return loss_cls, loss_patch
@@ -268,19 +259,15 @@ class iBOTLoss(AttachedLoss):
         return (at_least_float32(logits) / self.student_temp).log_softmax(dim=-1)
 
     @torch.no_grad()
-    def _teacher(self, tokens: Tokens, epoch: int) -> tuple[Tokens, Objective, Objective]:
+    def _read(self, tokens: Tokens, epoch: int) -> tuple[Tokens, TeacherSide, TeacherSide]:
         """The teacher's outputs, with their prototypes if `fused`, and how those of [CLS] and of patches are read."""
-        head = self._attached()[1]
         if self.fused:
-            tokens = tokens.with_prototypes(head)
-            norms = (tokens.cls.norms, tokens.patch.norms)
-        else:
-            norms = (head.last_prototype_norms, head.last_patch_prototype_norms)
+            tokens = tokens.with_prototypes(self._attached()[1])
         # The same prototypes have another kappa at each temperature, so a shared head has two normalisers, too.
         return (
             tokens,
-            self._objective(self.centering, temperature_at(self.teacher_temp_schedule, epoch), norms[0]),
-            self._objective(self.centering2, temperature_at(self.teacher_temp2_schedule, epoch), norms[1]),
+            self._teacher_side(self.centering, temperature_at(self.teacher_temp_schedule, epoch)),
+            self._teacher_side(self.centering2, temperature_at(self.teacher_temp2_schedule, epoch), "last_layer2"),
         )
 
     def _commit(self) -> None:

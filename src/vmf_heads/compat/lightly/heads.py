@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
-from .._checks import at_least
-from ..head import VMFPrototypeHead
+from ..._checks import at_least
+from ...head import PrototypeHead
+from ...mlp import projection_mlp
+from ...prototypes import Prototypes
 
 
-class DINOv2ProjectionHead(VMFPrototypeHead):
+class DINOv2ProjectionHead(PrototypeHead):
     """lightly's DINOv2 head with log C_p of each prototype in its logits; see `VMFPrototypeHead`.
 
     Parameter names, their order and their shapes are lightly's: `layers.*` for the MLP (its hidden layers have no
     biases with `batch_norm`), then `last_layer.weight_g` and `last_layer.weight_v`. As there, the norms always learn.
 
     Args:
-        input_dim, hidden_dim, bottleneck_dim, output_dim: widths; `output_dim` is the number of prototypes K.
+        input_dim: dimension of the backbone's features.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: dimension p of the sphere's space.
+        output_dim: number of prototypes K.
         batch_norm: batch normalisation after the hidden layers.
-        temperature, normalizer: as in `VMFPrototypeHead`; the `attach` of the losses sets the temperature.
+        temperature: as in `VMFPrototypeHead`; the `attach` of the losses sets it.
+        normalizer: as in `VMFPrototypeHead`.
 
     Shape: (..., input_dim) to (..., output_dim), in float32.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
     """
+
+    MLP_NAME: ClassVar[str] = "layers"
+    last_layer: Prototypes
 
     def __init__(
         self,
@@ -38,35 +49,30 @@ class DINOv2ProjectionHead(VMFPrototypeHead):
     ) -> None:
         at_least("input_dim", input_dim, 1)  # lightly's names, not those of the head below
         at_least("output_dim", output_dim, 1)
-        super().__init__(
+        mlp = projection_mlp(
             input_dim,
-            output_dim,
-            use_bn=batch_norm,
-            hidden_dim=hidden_dim,
-            bottleneck_dim=bottleneck_dim,
-            temperature=temperature,
-            normalizer=normalizer,
+            hidden_dim,
+            bottleneck_dim,
+            norm=(lambda: nn.BatchNorm1d(hidden_dim)) if batch_norm else None,
+            hidden_bias=not batch_norm,
         )
-        if batch_norm:
-            for linear in [m for m in self.mlp.modules() if isinstance(m, nn.Linear)][:-1]:
-                linear.register_parameter("bias", None)
-        # The MLP is called `layers` and comes before the last layer, also in parameters().
-        self._modules = {"layers": self._modules["mlp"], "last_layer": self._modules["last_layer"]}
-
-    @property
-    def mlp(self) -> nn.Module:  # type: ignore[override]
-        """The MLP by the name that `VMFPrototypeHead` uses; not a second submodule."""
-        # While the base class is built this fails, and nn.Module finds the MLP itself.
-        return self.get_submodule("layers")
+        prototypes = Prototypes(bottleneck_dim, output_dim)
+        super().__init__(input_dim, mlp, prototypes, temperature=temperature, normalizer=normalizer)
 
 
 class DINOProjectionHead(DINOv2ProjectionHead):
     """lightly's DINO head with log C_p of each prototype in its logits; see `DINOv2ProjectionHead`.
 
     Args:
-        input_dim, hidden_dim, bottleneck_dim, output_dim, batch_norm, temperature, normalizer: as there.
+        input_dim: dimension of the backbone's features.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: dimension p of the sphere's space.
+        output_dim: number of prototypes K.
+        batch_norm: batch normalisation after the hidden layers.
         freeze_last_layer: the number of epochs in which `cancel_last_layer_gradients` does so.
         norm_last_layer: freeze the prototype norms at 1. False by default, unlike lightly's.
+        temperature: as in `VMFPrototypeHead`; the `attach` of the losses sets it.
+        normalizer: as in `VMFPrototypeHead`.
 
     >>> import torch
     >>> from vmf_heads.compat.lightly import DINOProjectionHead

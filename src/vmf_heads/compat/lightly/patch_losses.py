@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import at_least, one_of, positive
-from .._matmul import at_least_float32
-from ._centred import CentredLoss
+from ..._checks import at_least, one_of, positive
+from ..._matmul import at_least_float32
+from .._attached import SingleCenterLoss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class IBOTPatchLoss(CentredLoss):
+class IBOTPatchLoss(SingleCenterLoss):
     """lightly's iBOT loss for vMF heads: cross-entropy of the masked patches, averaged per image, then over images.
 
     Equals, for teacher probabilities P_t and student probabilities P_s of the masked patches, (N, K) each, and the
@@ -40,9 +40,9 @@ class IBOTPatchLoss(CentredLoss):
 
     Raises:
         ValueError, TypeError: an argument is out of its range or an output has the wrong shape.
-        RuntimeError: called before `attach`, or the teacher's head has not run.
+        RuntimeError: called before `attach`.
 
-    Source: Govindarajan et al., ICLR 2023, Eq. 6, 7, 9 and appendix A.5; Zhou et al., ICLR 2022.
+    Reference: Govindarajan et al., ICLR 2023, Eq. 6, 7, 9 and appendix A.5; Zhou et al., ICLR 2022.
 
     >>> import torch
     >>> from vmf_heads.compat.lightly import DINOv2ProjectionHead, IBOTPatchLoss
@@ -54,7 +54,7 @@ class IBOTPatchLoss(CentredLoss):
     torch.Size([])
     """
 
-    STATE_NAMES: ClassVar[dict[str, str]] = CentredLoss.STATE_NAMES | {"centering.center": "center.center"}
+    STATE_NAMES: ClassVar[dict[str, str]] = SingleCenterLoss.STATE_NAMES | {"centering.center": "center.center"}
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
 
     Experimental: the paper has iBOT only. Arguments, `attach` and state are those of `IBOTPatchLoss`.
 
-    Source: lightly, after TIPSv2 (2026); Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9.
+    Reference: lightly, after TIPSv2 (2026); Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9.
     """
 
     def forward(

@@ -1,21 +1,4 @@
-"""DINO-vMF, and its patch losses, inside lightly: the original's names and signatures.
-
-The change to a training script, such as lightly's examples/pytorch/dino.py::
-
-    -from lightly.loss import DINOLoss
-    -from lightly.models.modules import DINOProjectionHead
-    +from vmf_heads.compat.lightly import DINOLoss, DINOProjectionHead
-
-    +criterion.attach(model.student_head, model.teacher_head)   # after both are built
-
-and to one that trains with patches, such as examples/pytorch/dinov2.py, likewise with `DINOv2ProjectionHead` and
-`IBOTPatchLoss`::
-
-    +dino_criterion.attach(model.student_head, model.teacher_head, head="dino_head")
-    +ibot_criterion.attach(model.student_head, model.teacher_head, head="ibot_head")
-
-`norm_last_layer` defaults to False here (True in lightly): with frozen norms the vMF normalisation changes nothing.
-"""
+"""lightly's DINO loss."""
 
 from __future__ import annotations
 
@@ -25,19 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import at_least, one_of, positive
-from .._matmul import at_least_float32, without_autocast
-from ._centred import CentredLoss
-from ._lightly_heads import DINOProjectionHead, DINOv2ProjectionHead
-from ._lightly_patches import IBOTPatchLoss, IBOTPlusPlusPatchLoss
+from ..._checks import at_least, one_of, positive
+from ..._matmul import at_least_float32, without_autocast
+from .._attached import SingleCenterLoss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["DINOLoss", "DINOProjectionHead", "DINOv2ProjectionHead", "IBOTPatchLoss", "IBOTPlusPlusPatchLoss"]
 
-
-class DINOLoss(CentredLoss):
+class DINOLoss(SingleCenterLoss):
     """lightly's DINO loss for vMF heads: cross-entropy between Eq. 7 of the teacher and Eq. 6 of the student.
 
     Equals, for teacher probabilities P_t[t] and student probabilities P_s[s] of the views, (B, K) each::
@@ -64,9 +43,9 @@ class DINOLoss(CentredLoss):
 
     Raises:
         ValueError, TypeError: an argument is out of its range or an output has the wrong shape.
-        RuntimeError: called before `attach`, or the teacher's head has not run.
+        RuntimeError: called before `attach`.
 
-    Source: Govindarajan et al., ICLR 2023, Eq. 6, 7, 8 and 9; Caron et al., ICCV 2021.
+    Reference: Govindarajan et al., ICLR 2023, Eq. 6, 7, 8 and 9; Caron et al., ICCV 2021.
 
     >>> import torch
     >>> from vmf_heads.compat.lightly import DINOLoss, DINOProjectionHead
