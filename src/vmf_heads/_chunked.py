@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ._compiled import is_plain_eager
 from ._epilogues import Epilogues
-from ._fused import is_plain_eager
 from ._matmul import average, without_autocast
 from ._weight_norm import WeightNormed
 
