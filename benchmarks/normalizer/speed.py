@@ -46,13 +46,11 @@ def measure(device: str, *, quick: bool) -> list[dict[str, Any]]:
 def _torch_contenders(x: Tensor) -> dict[tuple[str, str], Call]:
     leaf = x.clone().requires_grad_()
 
-    def both(kappa: Tensor) -> tuple[Tensor, Tensor]:
-        return log_vmf_normalizer(kappa, DIMENSION, compiled=False), vmf_mean_resultant(
-            kappa, DIMENSION, compiled=False
-        )
-
     def value(kappa: Tensor) -> Tensor:
         return log_vmf_normalizer(kappa, DIMENSION, compiled=False)
+
+    def both(kappa: Tensor) -> tuple[Tensor, Tensor]:
+        return value(kappa), vmf_mean_resultant(kappa, DIMENSION, compiled=False)
 
     def gradient(function: Callable[[Tensor], Tensor]) -> object:
         return torch.autograd.grad(function(leaf).sum(), leaf)
