@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ._fused import is_plain_eager
+from ._compiled import is_plain_eager
 from ._matmul import average, mm_float32
 from ._memory import rows_per_block
 from .prototypes import HeadOutput

@@ -60,10 +60,17 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def has_autocast(device: torch.device) -> bool:
+    """Whether autocast exists for `device`: everywhere but on meta.
+
+    `torch.amp.is_autocast_available` asks the same, but torch.compile cannot trace it before torch 2.10.
+    """
+    return device.type != "meta"
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which autocast is off for `device`; nothing to do on devices that have none, such as meta."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    """A context in which autocast is off for `device`; nothing to do where there is none."""
+    return torch.autocast(device.type, enabled=False) if has_autocast(device) else nullcontext()
 
 
 class _HalfLinear(Function):

@@ -22,16 +22,16 @@ Pointwise = Callable[[Tensor, int], Tensor]  # (kappa, p) -> same shape and dtyp
 _warned = False
 
 
-def evaluate(function: Pointwise, kappa: Tensor, p: int, fused: bool | None) -> Tensor:
-    """`function(kappa, p)`, through one compiled kernel where that is wanted (`fused`) and possible.
+def evaluate(function: Pointwise, kappa: Tensor, p: int, compiled: bool | None) -> Tensor:
+    """`function(kappa, p)`, through one compiled kernel where that is wanted (`compiled`) and possible.
 
-    fused=None means: on CUDA. Where the kernel cannot be built, `fused=None` warns once and goes on with plain
-    operations; `fused=True` raises RuntimeError.
+    compiled=None means: on CUDA. Where the kernel cannot be built, `compiled=None` warns once and goes on with plain
+    operations; `compiled=True` raises RuntimeError.
     """
     global _warned
-    wanted = kappa.is_cuda if fused is None else fused
+    wanted = kappa.is_cuda if compiled is None else compiled
     wanted = wanted and kappa.numel() > 1  # lengths 0 and 1 are specialised by torch.compile: a kernel each
-    if not wanted or not is_plain_eager(kappa) or (fused is None and _warned):
+    if not wanted or not is_plain_eager(kappa) or (compiled is None and _warned):
         return function(kappa, p)
     try:
         # Contiguous, flat and no view (torch.compile guards on strides and on the base of a view; `.data` has none), so
@@ -40,16 +40,16 @@ def evaluate(function: Pointwise, kappa: Tensor, p: int, fused: bool | None) -> 
     except torch.cuda.OutOfMemoryError:
         raise  # says nothing about the compiler
     except Exception as error:
-        if fused:
+        if compiled:
             raise RuntimeError(
-                "`fused` (=True) needs torch.compile to work on this machine (Triton on CUDA, a C++ compiler on CPU); "
-                "it failed with the error above. `fused=None` falls back to plain operations, `fused=False` "
-                "never compiles"
+                "`compiled` (=True) needs torch.compile to work on this machine (Triton on CUDA, a C++ compiler on "
+                "CPU); it failed with the error above. `compiled=None` falls back to plain operations, "
+                "`compiled=False` never compiles"
             ) from error
         _warned = True
         warnings.warn(
             f"vmf_heads: torch.compile failed ({type(error).__name__}: {error}); the normaliser goes on with plain "
-            "operations, which are exact but slower. Pass `fused=False` to choose them without this warning.",
+            "operations, which are exact but slower. Pass `compiled=False` to choose them without this warning.",
             RuntimeWarning,
             stacklevel=4,
         )
