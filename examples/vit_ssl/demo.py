@@ -21,10 +21,10 @@ from typing import Any
 
 import tyro
 
-from config import Recipe, load_recipe
-from data import load_images
-from lanes import Job, JobFailed, last_row, run_lanes
-from results import MODELS, RUNS, compare_knn, format_table, make_table, read_rows, sentence
+from config.recipe import Recipe, load_recipe
+from data.images import load_images
+from reporting.demo_table import MODELS, RUNS, compare_knn, format_table, make_table, read_rows, sentence
+from runtime.lanes import Job, JobFailed, last_row, run_lanes
 
 SCRIPTS = Path(__file__).parent
 
@@ -56,7 +56,7 @@ def main(output: Path = Path("runs/demo"), max_steps: int | None = None) -> None
         print(f"Stopped. The same command continues it: python {' '.join(sys.argv)}", file=sys.stderr)
         raise
 
-    from report import write_report  # here, because transformers takes seconds to import
+    from reporting.demo_report import write_report  # here, because transformers takes seconds to import
 
     results = collect(output, recipes, max_steps)
     print("Drawing the report", flush=True)

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import tyro
 from transformers.utils import logging as transformers_logging
 
-from distributed import is_main, process_group
-from evaluation_rows import Row, append_rows, make_rows, print_table, read_results, save_predictions
 from evaluators.protocol import Evaluation, NotApplicable
 from evaluators.registry import PROTOCOLS
 from evaluators.request import Request, open_evaluation
-from paper_rows import check_paper_row
+from reporting.paper_rows import check_paper_row
+from reporting.rows import Row, append_rows, make_rows, print_table, read_results, save_predictions
+from runtime.distributed import is_main, process_group
 
 PAPER_ROW = (
     "Model of the paper's tables to compare with, like 'ViT-S/16 DINO-vMF'; by default the one of the run's recipe."
@@ -73,7 +73,7 @@ def evaluate_all(
     if is_main():
         print_table(rows)
     if is_main() and request.features == "teacher":
-        from evaluation_page import write_page  # here, because single protocols draw nothing
+        from reporting.evaluation_page import write_page  # here, because single protocols draw nothing
 
         page = write_page(
             evaluation.output,

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import demo
-from config import load_recipe
-from results import MODELS, RUNS
+from config.recipe import load_recipe
+from reporting.demo_table import MODELS, RUNS
 
 DEMO = Path(__file__).parents[2] / "examples" / "vit_ssl" / "demo.py"
 

@@ -6,13 +6,23 @@ from html.parser import HTMLParser
 
 import pytest
 
-import evaluation_page
-from config import load_recipe
-from evaluation_page import write_page
-from evaluators.prototypes import write_table
-from paper_rows import SOURCES, ablation_row, find, paper_row_of, row_names
-from paper_sections import section
-from paper_tables import ABLATION, FEW_SHOT, FINE_TUNING, IMAGENET, RETRIEVAL, TABLES, TRANSFER, UTILISATION, VIDEO
+from config.recipe import load_recipe
+from evaluators.prototypes.prototypes import write_table
+from reporting import evaluation_page
+from reporting.evaluation_page import write_page
+from reporting.paper_rows import SOURCES, ablation_row, find, paper_row_of, row_names
+from reporting.paper_sections import section
+from reporting.paper_tables import (
+    ABLATION,
+    FEW_SHOT,
+    FINE_TUNING,
+    IMAGENET,
+    RETRIEVAL,
+    TABLES,
+    TRANSFER,
+    UTILISATION,
+    VIDEO,
+)
 
 # Sums of a table's columns and its number of entries, added up from the paper's print, not from paper_tables.
 PRINTED = {
