@@ -66,6 +66,12 @@ def test_max_steps_must_be_positive(tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
+def test_only_a_finished_demo_has_a_report_to_draw_again(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`output` .* must be the directory of a finished demo"):
+        demo.main(tmp_path / "demo", redraw=True)
+    assert not (tmp_path / "demo").exists()
+
+
 def test_what_is_left_to_do(tmp_path, recipes):
     def titles():
         return [job.title for job in demo.jobs(tmp_path, "photos_dino", recipes["photos_dino"], 7)]
@@ -124,3 +130,7 @@ def test_interrupted_continued_finished_and_left_alone(tmp_path):
     assert process.returncode == 0
     assert "holds a finished demo" in again
     assert contents(output) == before
+
+    (output / "report.html").unlink()
+    demo.main(output, redraw=True)
+    assert "This is a shortened run, 4 of" in (output / "report.html").read_text(encoding="utf-8")

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+import evaluate
 from config.recipe import load_recipe
 from evaluators.prototypes.prototypes import write_table
-from reporting import evaluation_page
-from reporting.evaluation_page import write_page
+from reporting.evaluation_page import write_page, write_page_again
 from reporting.paper_rows import SOURCES, ablation_row, find, paper_row_of, row_names
 from reporting.paper_sections import section
 from reporting.paper_tables import (
@@ -202,7 +202,7 @@ def test_the_page_is_whole_and_loads_nothing(output, capsys):
     assert "| kNN | 74.74 | 74.74 | imagenet, test, n = 50000 |" in markdown
     assert "![duplicates](prototypes/duplicates.svg)" in markdown
     assert len(re.findall("^## Table ", markdown, re.MULTILINE)) == len(TABLES)
-    evaluation_page.main(output, checkpoint="a<b>.pth", paper_row="ViT-S/16 DINO-vMF")
+    evaluate.main(["page", str(output), "--checkpoint", "a<b>.pth", "--paper-row", "ViT-S/16 DINO-vMF"])
     assert capsys.readouterr().out.strip() == str(path)
     assert path.read_text(encoding="utf-8") == html.replace("video: &lt;no&gt;. ", "")
 
@@ -211,4 +211,4 @@ def test_the_page_refuses(output, tmp_path_factory):
     with pytest.raises(ValueError, match=r"`paper_row` \(='ViT-X'\) must be one of ViT-B/16 iBOT, "):
         write_page(output, [], checkpoint="x", paper_row="ViT-X")
     with pytest.raises(FileNotFoundError, match=r"no results in .*: expected .*results\.jsonl"):
-        evaluation_page.main(tmp_path_factory.mktemp("empty"))
+        write_page_again(tmp_path_factory.mktemp("empty"))

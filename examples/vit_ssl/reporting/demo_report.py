@@ -1,20 +1,13 @@
-"""The demo's report, one HTML file that needs nothing else.
-
-    python examples/vit_ssl/report.py runs/demo
-
-draws the report of a finished demo again.
-"""
+"""The demo's report, one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
-import json
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
-import tyro
 
 from data.images import CELL, Images, load_images
 from reporting.demo_figures import data_pictures, neighbours, prototype_charts, token_pictures, training_chart
@@ -86,12 +79,3 @@ def provenance(results: dict[str, Any]) -> dict[str, Any]:
         "differing": escape(", ".join(values)),
         "settings": "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in shared),
     }
-
-
-def main(output: Path, /) -> None:
-    """Draw the report of a finished demo again."""
-    print(write_report(output, json.loads((output / "results.json").read_text())))
-
-
-if __name__ == "__main__":
-    tyro.cli(main)

@@ -1,9 +1,4 @@
-"""One page of a checkpoint's evaluations in the shape of the paper's tables: evaluation.html and evaluation.md.
-
-    python examples/vit_ssl/evaluation_page.py OUTPUT
-
-writes it again from OUTPUT/results.jsonl, which any number of evaluations may have written.
-"""
+"""One page of a checkpoint's evaluations in the shape of the paper's tables: evaluation.html and evaluation.md."""
 
 from __future__ import annotations
 
@@ -12,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-
-import tyro
 
 from config.recipe import Recipe, load_recipe
 from reporting.html_parts import chart
@@ -127,22 +120,12 @@ def _with_code(text: str) -> str:
     return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
-def main(output: Path, /, checkpoint: str | None = None, paper_row: str | None = None) -> None:
-    """Write the page again from OUTPUT/results.jsonl.
-
-    Args:
-        output: directory of the evaluation, which may be the run itself.
-        checkpoint: what was evaluated; by default that of the last row.
-        paper_row: the row of the paper's tables to compare with, such as "ViT-S/16 DINO-vMF".
-    """
+def write_page_again(output: Path, checkpoint: str | None = None, paper_row: str | None = None) -> Path:
+    """`write_page` of what is in OUTPUT/results.jsonl, for the checkpoint of its last row unless one is given."""
     rows = read_results(output)
     if not rows:
         raise FileNotFoundError(f"no results in {output}: expected {output / RESULTS}, which evaluate.py writes")
     checkpoint = checkpoint or str(rows[-1].get("checkpoint", output))
     path = Path(checkpoint) / "recipe.yaml"
     recipe = load_recipe(path) if path.is_file() else None
-    print(write_page(output, rows, checkpoint=checkpoint, recipe=recipe, paper_row=paper_row))
-
-
-if __name__ == "__main__":
-    tyro.cli(main)
+    return write_page(output, rows, checkpoint=checkpoint, recipe=recipe, paper_row=paper_row)
