@@ -25,19 +25,19 @@ import yaml
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import RUN_FILES, load_checkpoint, load_run, save_checkpoint
-from collapse import CollapseDetector, TrainingCollapsed
-from config import Recipe, differences, load_recipe, save_recipe
-from distributed import barrier, device, is_main, process_group, world_size
-from interruption import postponed_signals
-from loading import load_steps, micro_batch_size, training_images
-from methods import build_method
-from metrics import MetricsLog, mean_statistics
-from optimization import parameter_groups
-from parallel import Strategy, parallelize
-from schedules import Schedules
-from training_state import restore_state, whole_state
-from training_step import check_statistics, seed_step, train_step
+from config.recipe import Recipe, differences, load_recipe, save_recipe
+from data.loading import load_steps, micro_batch_size, training_images
+from methods.registry import build_method
+from runtime.distributed import barrier, device, is_main, process_group, world_size
+from runtime.interruption import postponed_signals
+from training.collapse import CollapseDetector, TrainingCollapsed
+from training.log import MetricsLog, mean_statistics
+from training.optimization import parameter_groups
+from training.parallel import Strategy, parallelize
+from training.run import RUN_FILES, load_checkpoint, load_run, save_checkpoint
+from training.schedules import Schedules
+from training.state import restore_state, whole_state
+from training.step import check_statistics, seed_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,15 @@ import torch
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader
 
-from augment import EvalTransform, MultiCrop, MultiCropDataset, color_jitter, random_resized_crop, to_tensor, turn_hue
+from data.augment import (
+    EvalTransform,
+    MultiCrop,
+    MultiCropDataset,
+    color_jitter,
+    random_resized_crop,
+    to_tensor,
+    turn_hue,
+)
 
 PLAIN = {"color_strength": 0, "blur_strength": 0, "solarize_prob": 0, "grayscale_prob": 0}
 

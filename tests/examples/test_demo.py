@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import demo
-from config import load_recipe
-from results import MODELS, RUNS
+from config.recipe import load_recipe
+from reporting.demo_table import MODELS, RUNS
 
 DEMO = Path(__file__).parents[2] / "examples" / "vit_ssl" / "demo.py"
 
@@ -63,6 +63,12 @@ def test_a_demo_of_another_length_or_recipe_is_refused(tmp_path, recipes):
 def test_max_steps_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match=r"`max_steps` \(=0\) must be at least 1"):
         demo.main(tmp_path / "demo", max_steps=0)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_only_a_finished_demo_has_a_report_to_draw_again(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`output` .* must be the directory of a finished demo"):
+        demo.main(tmp_path / "demo", redraw=True)
     assert not (tmp_path / "demo").exists()
 
 
@@ -124,3 +130,7 @@ def test_interrupted_continued_finished_and_left_alone(tmp_path):
     assert process.returncode == 0
     assert "holds a finished demo" in again
     assert contents(output) == before
+
+    (output / "report.html").unlink()
+    demo.main(output, redraw=True)
+    assert "This is a shortened run, 4 of" in (output / "report.html").read_text(encoding="utf-8")

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from augment import MultiCropDataset
-from config import load_recipe
-from masking import block_mask, kept_patches
-from methods import transform
+from config.recipe import load_recipe
+from data.augment import MultiCropDataset
+from data.masking import block_mask, kept_patches
+from methods.registry import transform
 
 
 @pytest.mark.parametrize(("height", "width"), [(14, 14), (4, 4), (6, 11), (1, 1)])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from augment import MultiCropDataset
-from config import load_recipe
-from data import load_images
-from methods import Method, build_method, transform
+from config.recipe import load_recipe
+from data.augment import MultiCropDataset
+from data.images import load_images
+from methods.registry import Method, build_method, transform
 
 TINY = {"hidden_size": 16, "out_dim": 8, "num_hidden_layers": 1, "hidden_dim": 16, "bottleneck_dim": 8}
 RECIPES = [f"photos_{method}{form}" for method in ("dino", "ibot", "msn") for form in ("", "_vmf")]

@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import Recipe, load_recipe
-from data import load_images
-from ema import local
+from config.recipe import Recipe, load_recipe
+from data.images import load_images
+from data.loading import load_steps, micro_batch_size
 from gloo import run_on_ranks
-from loading import load_steps, micro_batch_size
-from methods import Method, build_method
-from metrics import mean_statistics
-from optimization import parameter_groups
-from parallel import parallelize, unwrap
-from schedules import Schedules
-from training_state import restore_state, whole_state
-from training_step import train_step
+from methods.registry import Method, build_method
+from training.ema import local
+from training.log import mean_statistics
+from training.optimization import parameter_groups
+from training.parallel import parallelize, unwrap
+from training.schedules import Schedules
+from training.state import restore_state, whole_state
+from training.step import train_step
 
 TINY: dict[str, Any] = {
     "dataset": "digits",

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from checkpoint import CHECKPOINT, Run, load_run, random_backbone
-from distributed import device, world_size
-from encoder import Encoder, as_encoder, open_encoder, reinitialized
-from evaluators.features import LIBRARY_SETS, Extraction, features_of
+from evaluators.features.encoder import Encoder, as_encoder, open_encoder, reinitialized
+from evaluators.features.extraction import LIBRARY_SETS, Extraction, features_of
 from evaluators.protocol import Evaluation, Features, FeaturesOf, NotApplicable
+from runtime.distributed import device, world_size
+from training.run import CHECKPOINT, Run, load_run, random_backbone
 
 Weights = Literal["teacher", "random", "pixels"]
 

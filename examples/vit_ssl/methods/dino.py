@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from config import Recipe
+from config.recipe import Recipe
 from methods.method import Method, centred_targets, find_head, sample_rows
 from methods.network import build_network
-from metrics import target_statistics
+from training.log import target_statistics
 from vmf_heads.compat.dino import DINOLoss
 
 

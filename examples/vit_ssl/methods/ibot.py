@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbone import build_backbone, tokens
-from config import Recipe
-from method_settings import IBOTSettings
+from config.methods import IBOTSettings
+from config.recipe import Recipe
+from methods.backbone import build_backbone, tokens
 from methods.method import Method, centred_targets, find_head, sample_rows
 from methods.network import Network, initialize_mlp
-from metrics import target_statistics
+from training.log import target_statistics
 from vmf_heads.compat.ibot import iBOTHead, iBOTLoss
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import Recipe
-from metrics import kappa_statistics
+from config.recipe import Recipe
+from training.log import kappa_statistics
 from vmf_heads import HeadOutput, VMFPrototypeHead
 
 STATISTICS_ROWS = 256

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import Recipe
-from method_settings import MSNSettings
+from config.methods import MSNSettings
+from config.recipe import Recipe
 from methods.method import Method, find_head
 from methods.network import build_network
-from metrics import target_statistics
+from training.log import target_statistics
 from vmf_heads import HeadOutput
 from vmf_heads.compat.msn import init_msn_loss
 
