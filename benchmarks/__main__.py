@@ -9,11 +9,20 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
 
 from benchmarks.augment import augment
+from benchmarks.fashion import fashion
 from benchmarks.loss import loss
+from benchmarks.mixture import mixture
 from benchmarks.normalizer import normalizer
 from benchmarks.step import step
 
-COMMANDS = {"normalizer": normalizer, "loss": loss, "augment": augment, "step": step}
+COMMANDS = {
+    "normalizer": normalizer,
+    "loss": loss,
+    "augment": augment,
+    "step": step,
+    "mixture": mixture,
+    "fashion": fashion,
+}
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m benchmarks")
