@@ -23,7 +23,13 @@ _INLINE = r"(?<![\\$\w])\$(?![\s$])((?:[^$\\\n]|\\.)+?)(?<!\s)\$(?![\d$])"
 _REWRITTEN = (
     (r"\\(begin|end)\{aligned\}", r"\\\1{align*}"),
     (r"\\mathrm\{(\w\w+)\}", r"\\text{\1}"),  # one word in place of single letters
-    (r"\\(log|exp|max|min)(?=\s+[^\s(^_])", r"\\\1\\,"),  # TeX's thin space behind a function
+    (r"\\(log|exp|max|min)(?=\s+[^\s(^_])", r"\\\1\\,"),  # TeX's thin spaces behind a function and before it
+    (r"(?<=[\w}])\s+(?=\\(log|exp|max|min)\b)", r"\\, "),
+)
+# Where MathML's spaces around operators differ from TeX's: a slash has none, a minus behind "(" or "=" is a sign.
+_RESPACED = (
+    (r"<mo>(&#x0002F;)</mo>", r'<mo lspace="0" rspace="0">\1</mo>'),
+    (r"((?:&#x00028;|&#x0005B;|&#x0003D;)</mo>)<mo>(&#x02212;)", r'\1<mo form="prefix">\2'),
 )
 _INLINE_PRIORITY = 185  # after code spans (190), before backslash escapes (180)
 
@@ -46,6 +52,8 @@ def mathml(tex: str, display: str = "inline") -> str:
         raise PluginError(f"the formula {tex!r} is not understood: {error!r}") from error
     if unknown := re.search(r"\\\w+", "".join(ElementTree.fromstring(element).itertext())):
         raise PluginError(f"the formula {tex!r} has a command that is not understood: {unknown[0]}")
+    for pattern, replacement in _RESPACED:
+        element = re.sub(pattern, replacement, element)
     return element
 
 
