@@ -1,6 +1,6 @@
-"""Typesets the site's formulas as it is built: TeX becomes MathML, which browsers draw without scripts, fonts or a network.
+"""Typesets the formulas as the site is built: TeX becomes MathML, which browsers draw without scripts or a network.
 
-Formulas are written as GitHub reads them, `$...$` within a line and a fence called `math` for a formula of its own. It is
+Formulas are written as GitHub reads them, too: `$...$` within a line, a fence called `math` for one by itself. This is
 a hook of MkDocs; mkdocs.yml names it.
 """
 
