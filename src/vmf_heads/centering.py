@@ -272,14 +272,12 @@ class LogitCentering(nn.Module):
     def accumulate_(self, scores: Tensor | HeadOutput, temperature: float, *, log_normalizer: Tensor) -> None:
         """Add the teacher's scores (..., K), or the features they come from, to what the next `commit_` averages."""
         if isinstance(scores, HeadOutput):
-            rows = at_least_float32(_as_rows(scores.features))
-            score_sum = scores._replace(features=rows.sum(dim=0, keepdim=True)).scores(exact=True)[0]  # they are linear
+            score_sum, rows = scores.score_sum(), scores.features[..., 0].numel()
         else:
-            rows = at_least_float32(_as_rows(scores))
-            score_sum = rows.sum(dim=0)
-        logit_sum = score_sum + len(rows) * temperature * log_normalizer
+            score_sum, rows = at_least_float32(_as_rows(scores)).sum(dim=0), scores[..., 0].numel()
+        logit_sum = score_sum + rows * temperature * log_normalizer
         self._logit_sum = logit_sum if self._logit_sum is None else self._logit_sum + logit_sum
-        self._rows += len(rows)
+        self._rows += rows
 
     @torch.no_grad()
     def commit_(self) -> None:

@@ -117,7 +117,7 @@ def prototype_cross_entropy(
         teacher_temperature=teacher_temperature,
         student_temperature=student_temperature,
         statistics_bias=log_normalizer if averages_log_c else None,
-        target_bias=_difference(None if averages_log_c else log_normalizer, log_center),
+        target_bias=_difference(None if averages_log_c else log_normalizer, log_center, dtype),
         teacher_rows=teacher_rows,
         weights=weights,
         chunk_rows=batch_chunk_size,
@@ -211,11 +211,11 @@ def dino_pairs(
     return teacher_rows, torch.full(teacher_rows.shape, weight, dtype=torch.float64, device=device)
 
 
-def _difference(log_normalizer: Tensor | None, log_center: Tensor | None) -> Tensor | None:
+def _difference(log_normalizer: Tensor | None, log_center: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """log C_p - c (K,), where None stands for zeros."""
     if log_center is None:
         return log_normalizer
-    log_center = log_center.detach().float()
+    log_center = log_center.detach().to(dtype)
     return -log_center if log_normalizer is None else log_normalizer - log_center
 
 

@@ -54,6 +54,15 @@ class HeadOutput(NamedTuple):
         """<w_k, y> (..., K) in float32, rounded under CUDA autocast as in the head unless `exact`."""
         return linear_float32(self.features, self.prototypes, exact=exact)
 
+    def score_sum(self) -> Tensor:
+        """The sum of <w_k, y> over all rows (K,), in float32 or more. Scores are linear in y, so w is not made."""
+        rows = at_least_float32(self.features).flatten(0, -2)
+        directions = at_least_float32(self.directions)
+        total = linear_float32(rows.sum(dim=0), directions, exact=True)
+        if self.scales is None:
+            return total
+        return total * at_least_float32(self.scales) / torch.linalg.vector_norm(directions, dim=1)
+
 
 class Prototypes(nn.Module):
     """What `weight_norm(nn.Linear(dim, num_prototypes, bias=False))` is in DINO, without hooks.

@@ -87,6 +87,7 @@ class _LateCenterLoss(SingleCenterLoss):
 
         The temperature is remembered for `update_center`, which DINOv2 does not tell it.
         """
+        self._attached()  # raises before anything changes
         self._teacher_temp = positive("teacher_temp", teacher_temp)
         self.apply_center_update()
         return self._targets("teacher_output", teacher_output, teacher_temp)
