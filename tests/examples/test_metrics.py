@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.log import METRICS, MetricsLog, center_statistics, kappa_statistics, mean_statistics, target_statistics
+from methods.statistics import center_statistics, kappa_statistics, target_statistics
+from training.log import METRICS, MetricsLog, mean_statistics
 
 
 def test_entropies_of_spread_shared_and_split_targets() -> None:

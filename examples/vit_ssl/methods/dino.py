@@ -10,7 +10,7 @@ from torch import Tensor
 from config.recipe import Recipe
 from methods.method import Method, centred_targets, find_head, sample_rows
 from methods.network import build_network
-from training.log import target_statistics
+from methods.statistics import target_statistics
 from vmf_heads.compat.dino import DINOLoss
 
 

@@ -13,7 +13,7 @@ from config.recipe import Recipe
 from methods.backbone import build_backbone, tokens
 from methods.method import Method, centred_targets, find_head, sample_rows
 from methods.network import Network, initialize_mlp
-from training.log import target_statistics
+from methods.statistics import target_statistics
 from vmf_heads.compat.ibot import iBOTHead, iBOTLoss
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config.recipe import Recipe
-from training.log import kappa_statistics
+from methods.statistics import kappa_statistics
 from vmf_heads import HeadOutput, VMFPrototypeHead
 
 STATISTICS_ROWS = 256

@@ -12,7 +12,7 @@ from config.methods import MSNSettings
 from config.recipe import Recipe
 from methods.method import Method, find_head
 from methods.network import build_network
-from training.log import target_statistics
+from methods.statistics import target_statistics
 from vmf_heads import HeadOutput
 from vmf_heads.compat.msn import init_msn_loss
 

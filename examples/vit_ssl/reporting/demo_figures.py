@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.augment import MultiCrop
 from data.images import CELL, Images, load_photo, split_columns
+from data.views import multi_crop
 from evaluators.request import make_features
 from reporting import charts, pictures
 from reporting.html_parts import chart, image, neighbour_row
@@ -29,7 +29,7 @@ def data_pictures(run: Run, train: Images) -> dict[str, Any]:
     ]
     rows = ""
     indices = pictures.pick_contrast(train, ("astronaut", "chelsea", "coffee", "rocket"))
-    for index, (cell, *views) in zip(indices, pictures.crops(train, indices, MultiCrop.of(run.recipe)), strict=True):
+    for index, (cell, *views) in zip(indices, pictures.crops(train, indices, multi_crop(run.recipe)), strict=True):
         name = train.classes[train.labels[index]].replace("_", " ")
         shown = "".join(image(view, f"augmented view of {name}", width=3 * view.width) for view in views)
         rows += f"<div class='row'><span class='name'>{name}</span>{image(cell, name, width=96)}<i></i>{shown}</div>"

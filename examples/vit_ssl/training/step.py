@@ -11,9 +11,9 @@ from torch import Tensor
 
 from config.recipe import Recipe
 from methods.method import Method
+from methods.statistics import center_statistics
 from runtime.distributed import device, rank
 from training.ema import ema_update
-from training.log import center_statistics
 from training.optimization import clip_gradients, drop_last_layer_gradients
 from training.parallel import gradients_shared
 

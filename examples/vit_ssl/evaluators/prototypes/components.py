@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from evaluators.features.public_checkpoints import read_network
 from evaluators.protocol import Evaluation, NotApplicable
-from training.run import Run
 from vmf_heads import VMFPrototypeHead
+
+if TYPE_CHECKING:
+    from training.run import Run
 
 
 @dataclass(frozen=True)
