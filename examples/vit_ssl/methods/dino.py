@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from config.recipe import Recipe
-from methods.method import Method, centred_targets, find_head, sample_rows
+from methods.method import Method, centered_targets, sample_rows
 from methods.network import build_network
-from methods.statistics import target_statistics
+from methods.statistics import center_entropy, target_statistics
 from vmf_heads.compat.dino import DINOLoss
+from vmf_heads.head import find_head
 
 
 class DINO(Method):
@@ -57,4 +58,8 @@ class DINO(Method):
 
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
         """Eq. 7 (N, K)."""
-        return centred_targets(self.loss, find_head(self.teacher), scores, epoch)
+        return centered_targets(self.loss, find_head(self.teacher), scores, epoch)
+
+    def center_statistics(self, epoch: int) -> dict[str, Tensor]:
+        """`center_entropy`, see `methods.statistics`."""
+        return {"center_entropy": center_entropy(self.loss.centering, float(self.loss.teacher_temp_schedule[epoch]))}

@@ -11,10 +11,11 @@ from torch import Tensor
 from config.methods import IBOTSettings
 from config.recipe import Recipe
 from methods.backbone import build_backbone, tokens
-from methods.method import Method, centred_targets, find_head, sample_rows
+from methods.method import Method, centered_targets, sample_rows
 from methods.network import Network, initialize_mlp
-from methods.statistics import target_statistics
+from methods.statistics import center_entropy, target_statistics
 from vmf_heads.compat.ibot import iBOTHead, iBOTLoss
+from vmf_heads.head import find_head
 
 
 class PatchNetwork(Network):
@@ -99,7 +100,15 @@ class IBOT(Method):
 
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
         """Eq. 7 (N, K)."""
-        return centred_targets(self.loss, find_head(self.teacher), scores, epoch)
+        return centered_targets(self.loss, find_head(self.teacher), scores, epoch)
+
+    def center_statistics(self, epoch: int) -> dict[str, Tensor]:
+        """`center_entropy` of the [CLS] centre and `center2_entropy` of that of the patches."""
+        cls, patch = self.loss.teacher_temp_schedule[epoch], self.loss.teacher_temp2_schedule[epoch]
+        return {
+            "center_entropy": center_entropy(self.loss.centering, float(cls)),
+            "center2_entropy": center_entropy(self.loss.centering2, float(patch)),
+        }
 
 
 def _build_network(recipe: Recipe, settings: IBOTSettings, drop_path: float) -> PatchNetwork:

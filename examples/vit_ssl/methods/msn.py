@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from config.methods import MSNSettings
 from config.recipe import Recipe
-from methods.method import Method, find_head
+from methods.method import Method
 from methods.network import build_network
 from methods.statistics import target_statistics
 from vmf_heads import HeadOutput
+from vmf_heads.centering import teacher_targets
 from vmf_heads.compat.msn import init_msn_loss
+from vmf_heads.head import find_head
 
 
 class MSNLoss(nn.Module):
@@ -98,6 +100,6 @@ class MSN(Method):
 
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
         """The sharpened predictions (N, K), which Sinkhorn-Knopp then balances over the batch in training."""
-        log_normalizer = find_head(self.student).log_normalizer(self.loss.tau)
-        predictions = torch.log_softmax(scores / self.loss.tau + log_normalizer, dim=1)
-        return torch.softmax(predictions / self.loss.sharpening(epoch), dim=1)
+        # A prediction to the power 1/T is Eq. 6 with all of its exponent divided by T, log C_p included.
+        log_normalizer = find_head(self.student).log_normalizer(self.loss.tau) / self.loss.sharpening(epoch)
+        return teacher_targets(scores, float(self.loss.teacher_temp_schedule[epoch]), log_normalizer=log_normalizer)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
+
+from vmf_heads.centering import Centering
 
 KAPPA_QUANTILES = {"kappa_min": 0.0, "kappa_p05": 0.05, "kappa_p50": 0.5, "kappa_p95": 0.95, "kappa_max": 1.0}
 
@@ -31,16 +31,10 @@ def kappa_statistics(kappa: Tensor) -> dict[str, Tensor]:
     return dict(zip(KAPPA_QUANTILES, quantiles, strict=True))
 
 
-def center_statistics(loss_state: Mapping[str, Tensor], teacher_temp: float) -> dict[str, Tensor]:
-    """Entropy in nats of each centre in a loss' state dict, as the mean assignment that it stands for.
+def center_entropy(centering: Centering, temperature: float) -> Tensor:
+    """Entropy in nats of a centre, as the mean assignment that it stands for at this teacher temperature.
 
-    `center_entropy` is that of softmax(log_center), or of softmax(center / teacher_temp) for a centre of logits: ln K
-    where all prototypes are equally likely, 0 where one takes all. A second centre, iBOT's of patches, gives
-    `center2_entropy`.
+    It is that of softmax(log_center), or of softmax(center / temperature) for a centre of logits: ln K where all
+    prototypes are equally likely, 0 where one takes all.
     """
-    statistics = {}
-    for name, center in loss_state.items():
-        if name.removesuffix("2") in ("center", "log_center"):
-            logits = center.flatten() / (1 if name.startswith("log_") else teacher_temp)
-            statistics[f"{name.removeprefix('log_')}_entropy"] = torch.special.entr(logits.softmax(0)).sum()
-    return statistics
+    return torch.special.entr(centering.offset(temperature).softmax(0)).sum()

@@ -60,7 +60,7 @@ def training_chart(metrics: dict[str, list[dict[str, float]]], runs: dict[str, R
 def prototype_charts(runs: dict[str, Run]) -> dict[str, Any]:
     """Concentration and usage of the prototypes."""
     temperature = runs["DINO-vMF"].recipe.student_temp
-    kappas = {label: run.head.last_layer.weight_g.abs().flatten().numpy() / temperature for label, run in runs.items()}
+    kappas = {label: run.head.last_layer.norms.numpy() / temperature for label, run in runs.items()}
     counts: dict[str, dict[str, np.ndarray]] = {
         "Winner by the teacher's scores": {},
         "Winner by the centred targets": {},

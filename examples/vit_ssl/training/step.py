@@ -11,7 +11,6 @@ from torch import Tensor
 
 from config.recipe import Recipe
 from methods.method import Method
-from methods.statistics import center_statistics
 from runtime.distributed import device, rank
 from training.ema import ema_update
 from training.optimization import clip_gradients, drop_last_layer_gradients
@@ -46,7 +45,7 @@ def train_step(
         drop_last_layer_gradients(method.student)
     optimizer.step()
     ema_update(method.teacher, method.student, now["teacher_momentum"])
-    of_step = center_statistics(method.loss.state_dict(), float(found[0]["teacher_temp"])) | {"grad_norm": grad_norm}
+    of_step = method.center_statistics(epoch) | {"grad_norm": grad_norm}
     return [statistics | of_step for statistics in found]
 
 
