@@ -119,9 +119,7 @@ def train(
 ) -> tuple[DINOHead, list[float]]:
     """The teacher's head after training, which returns raw scores, and the losses."""
     clusters, count, p = points.shape
-    student = DINOHead(
-        p, PROTOTYPES, norm_last_layer=norm_last_layer, nlayers=1, bottleneck_dim=p, normalizer=normalizer
-    )
+    student = DINOHead(p, PROTOTYPES, norm_last_layer=norm_last_layer, nlayers=1, bottleneck_dim=p, normalizer=normalizer)
     student.mlp = nn.Identity()  # the points are on the sphere already
     student.last_layer.weight_v.data.normal_(generator=generator)
     teacher = copy.deepcopy(student)

@@ -16,6 +16,10 @@ from vmf_heads import HeadOutput
 from vmf_heads.centering import teacher_targets
 from vmf_heads.head import PrototypeHead, find_head
 
+Batch = Mapping[str, list[Tensor]]
+"""What the method's `data.views` give, collated."""
+Statistics = dict[str, float | Tensor]
+
 STATISTICS_ROWS = 256
 """Teacher rows whose targets are looked at per step, so that the statistics need no (N, K) of all rows."""
 
@@ -47,14 +51,28 @@ class Method(nn.Module, ABC):
         """Let the loss find the heads in student and teacher; once, after these were wrapped."""
 
     @abstractmethod
-    def forward(
-        self, batch: Mapping[str, list[Tensor]], epoch: int, *, commit: bool = True
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def forward_teacher(self, batch: Batch) -> Any:
+        """What the teacher's head makes of the crops that the targets come from; to be called without gradients."""
+
+    @abstractmethod
+    def forward_student(self, batch: Batch, epoch: int) -> Any:
+        """What the student's head makes of its crops."""
+
+    @abstractmethod
+    def compute_loss(
+        self, student_output: Any, teacher_output: Any, batch: Batch, epoch: int, *, commit: bool = True
+    ) -> tuple[Tensor, Statistics]:
         """The loss of a micro-batch (a mean over its images), and statistics of its targets and prototypes.
 
-        `batch` is what the method's transform gives, collated. commit=False on all but the last micro-batch of a step
-        lets a centre move once per step, by all of them.
+        Then the centre moves, if there is one. commit=False on all but the last micro-batch of a step lets it move once
+        per step, by all of them.
         """
+
+    def forward(self, batch: Batch, epoch: int, *, commit: bool = True) -> tuple[Tensor, Statistics]:
+        """Teacher, student and loss in a row, which `pretrain.train_step` spells out."""
+        with torch.no_grad():
+            teacher_output = self.forward_teacher(batch)
+        return self.compute_loss(self.forward_student(batch, epoch), teacher_output, batch, epoch, commit=commit)
 
     def prototypes(self) -> nn.Module:
         """The prototypes that the targets come from."""
