@@ -23,7 +23,16 @@ import tyro
 
 from config.recipe import Recipe, load_recipe
 from data.images import load_images
-from reporting.demo_table import MODELS, RUNS, compare_knn, format_table, make_table, read_rows, sentence
+from reporting.demo_table import (
+    MODELS,
+    RUNS,
+    compare_knn,
+    format_table,
+    make_table,
+    read_rows,
+    sentence,
+    table_protocols,
+)
 from runtime.lanes import Job, JobFailed, last_row, run_lanes
 
 SCRIPTS = Path(__file__).parent
@@ -117,10 +126,10 @@ def jobs(output: Path, run: str, recipe: Recipe, max_steps: int | None) -> list[
 
 
 def evaluated(directory: Path, features: str) -> bool:
-    """Whether the last protocol of `evaluate.py all` has its rows."""
+    """Whether `evaluate.py all` has written everything that the table takes from these features of a run."""
     path = directory / "results.jsonl"
-    last = "prototypes" if features == "teacher" else "fewshot"
-    return path.exists() and any(row["features"] == features and row["protocol"] == last for row in read_rows(path))
+    found = {row["protocol"] for row in read_rows(path) if row["features"] == features} if path.exists() else set()
+    return found >= table_protocols(features)
 
 
 def collect(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> dict[str, Any]:

@@ -104,6 +104,10 @@ def run_protocol(name: str, evaluation: Evaluation, options: Any, request: Reque
     if is_main():
         append_rows(evaluation.output, rows)
         save_predictions(evaluation.output, name, request.features, split, metrics)
+        if name == "prototypes":
+            from reporting.prototype_charts import draw_charts  # here, because the other protocols draw nothing
+
+            draw_charts(evaluation.output / "prototypes")
     return rows
 
 

@@ -16,6 +16,7 @@ import demo
 from config.recipe import load_recipe
 from reporting.demo_table import MODELS, RUNS
 
+ACCURATE = ("knn", "fewshot", "linear")
 DEMO = Path(__file__).parents[2] / "examples" / "vit_ssl" / "demo.py"
 
 
@@ -90,9 +91,16 @@ def test_what_is_left_to_do(tmp_path, recipes):
     (directory / "backbone").mkdir()
     assert titles() == ["evaluating random", "evaluating teacher"]
 
-    rows = [{"features": "random", "protocol": "fewshot"}, {"features": "teacher", "protocol": "fewshot"}]
-    (directory / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert titles() == ["evaluating teacher"]
+    done = [{"features": name, "protocol": protocol} for name in ("random", "teacher") for protocol in ACCURATE]
+    (directory / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done))
+    assert titles() == ["evaluating teacher"]  # its prototypes are missing
+    for missing in done:
+        rows = [*(row for row in done if row != missing), {"features": "teacher", "protocol": "prototypes"}]
+        (directory / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+        assert titles() == [f"evaluating {missing['features']}"]
+    done.insert(0, {"features": "teacher", "protocol": "prototypes"})  # the order of rows means nothing
+    (directory / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done))
+    assert titles() == []
 
 
 def run_demo(output, **kwargs):

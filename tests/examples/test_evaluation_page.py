@@ -8,7 +8,7 @@ import pytest
 
 import evaluate
 from config.recipe import load_recipe
-from evaluators.prototypes.prototypes import write_table
+from evaluators.prototypes.tables import write_table
 from reporting.evaluation_page import write_page, write_page_again
 from reporting.paper_rows import SOURCES, ablation_row, find, paper_row_of, row_names
 from reporting.paper_sections import section

@@ -17,7 +17,7 @@ from evaluators.prototypes.choices import by_kappa
 from evaluators.prototypes.components import open_components, read_head
 from evaluators.prototypes.prototypes import PrototypesOptions, prototypes
 from gloo import run_on_ranks
-from reporting.prototype_charts import draw_chart
+from reporting.prototype_charts import draw_chart, draw_charts
 from vmf_heads import VMFPrototypeHead, log_vmf_normalizer
 
 
@@ -151,6 +151,7 @@ def test_tables_and_charts_show_the_numbers(tmp_path):
     assert sum(int(row["images_by_scores"]) > 0 for row in table) == value["used_scores"]
     assert sum(int(row["images_by_targets"]) for row in table) == 5
     assert len(read_rows(folder / "knn_by_kappa.csv")) == 2
+    draw_charts(folder)
     for name in ("duplicates", "void", "knn_by_kappa"):
         light = (folder / f"{name}.svg").read_text()
         assert ElementTree.fromstring(light).tag.endswith("svg")

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
-
-from config.recipe import Recipe
 
 # The statistics of ImageNet, which every public DINO, iBOT and MSN backbone expects, as x -> x * scale + shift.
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -21,7 +16,6 @@ _SCALE = 1 / (255 * _STD)
 _SHIFT = -np.array([0.485, 0.456, 0.406], np.float32) / _STD
 
 Range = tuple[float, float]
-Transform = Callable[[Image.Image, random.Random], Any]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -111,24 +105,6 @@ class MultiCrop:
         self._views += [(global_size, global_scale, others, solarize_prob)] * (num_global - 1)
         self._views += [(local_size, local_scale, local, 0.0)] * num_local
 
-    @classmethod
-    def of(cls, recipe: Recipe) -> MultiCrop:
-        """The augmentation of a recipe."""
-        return cls(
-            recipe.image_size,
-            recipe.local_size,
-            recipe.num_local_crops,
-            num_global=2 if recipe.msn is None else 1 + recipe.msn.rand_views,
-            global_scale=recipe.global_scale,
-            local_scale=recipe.local_scale,
-            color_strength=recipe.color_strength,
-            saturation=recipe.saturation,
-            blur_strength=recipe.blur_strength,
-            blur_prob=recipe.blur_prob,
-            solarize_prob=recipe.solarize_prob,
-            grayscale_prob=recipe.grayscale_prob,
-        )
-
     def __call__(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
         """The views of `image`; the same state of `rng` gives the same views."""
         return [to_tensor(self._view(image, rng, *view)) for view in self._views]
@@ -167,34 +143,6 @@ def turn_hue(image: Image.Image, amount: float) -> Image.Image:
     hue, saturation, value = image.convert("HSV").split()
     hue = Image.fromarray(np.asarray(hue) + np.uint8(round(amount * 256) % 256))  # uint8 wraps around, as hue does
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-
-
-class MultiCropDataset(Dataset):
-    """Item i is `transform(image_i, rng)` with a generator seeded by (seed, epoch, i) alone.
-
-    So what a sample gets depends neither on the worker, the order, the number of ranks nor on a resumed run.
-    """
-
-    def __init__(self, images: Sequence[tuple[Image.Image, int]], transform: Transform, seed: int = 0) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
-        # In shared memory, so that workers which stay alive between epochs see a new value too.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that seeds the augmentations."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other augmentations: call it before each epoch's loader is iterated."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        # A string seeds through SHA-512, the same in every process and version; hash() would not be.
-        return self.transform(self.images[index][0], random.Random(f"{self.seed},{self.epoch},{index}"))
 
 
 class EvalTransform:

@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from config.recipe import Recipe
-from data.augment import MultiCropDataset
+from data.augmented_images import AugmentedImages
 from data.images import Images, load_images
 from data.stream import ImageStream, StreamedViews, stream_batches
-from methods.registry import transform
+from data.views import build_views
 from runtime.distributed import rank, world_size
 from runtime.interruption import leave_process_group
 
@@ -61,7 +61,7 @@ def load_steps(
 ) -> Iterator[tuple[Any, ...]]:
     """For each of the epoch's steps `first` to `end` - 1, this process' `accumulate` micro-batches."""
     size = micro_batch_size(recipe, accumulate)
-    views = transform(recipe)
+    views = build_views(recipe)
     if isinstance(images, ImageStream):
         streamed = StreamedViews(
             images,
@@ -76,7 +76,7 @@ def load_steps(
         )
         batches: Iterable[Any] = stream_batches(streamed, num_workers)
     else:
-        dataset = MultiCropDataset(images, views, recipe.seed)
+        dataset = AugmentedImages(images, views, recipe.seed)
         dataset.set_epoch(epoch)
         steps = epoch_batches(len(images), recipe.batch_size, recipe.seed, epoch)[first:end]
         batches = load_batches(dataset, own_parts(steps, accumulate), num_workers)

@@ -13,6 +13,24 @@ from data.augment import MultiCrop
 from data.masking import block_mask, kept_patches
 
 
+def multi_crop(recipe: Recipe) -> MultiCrop:
+    """The crops of a recipe and their augmentation."""
+    return MultiCrop(
+        recipe.image_size,
+        recipe.local_size,
+        recipe.num_local_crops,
+        num_global=2 if recipe.msn is None else 1 + recipe.msn.rand_views,
+        global_scale=recipe.global_scale,
+        local_scale=recipe.local_scale,
+        color_strength=recipe.color_strength,
+        saturation=recipe.saturation,
+        blur_strength=recipe.blur_strength,
+        blur_prob=recipe.blur_prob,
+        solarize_prob=recipe.solarize_prob,
+        grayscale_prob=recipe.grayscale_prob,
+    )
+
+
 class Views:
     """{"crops": [(3, h, w), ...]}, the global crops first: all that DINO needs.
 
@@ -21,7 +39,7 @@ class Views:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.multi_crop = MultiCrop.of(recipe)
+        self.multi_crop = multi_crop(recipe)
         self.patches = recipe.image_size // recipe.patch_size  # on a side of a global crop
 
     def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
@@ -51,3 +69,11 @@ class PartialViews(Views):
         sample = super().__call__(image, rng)
         keep = [kept_patches(self.patches**2, settings.patch_drop, rng) for _ in range(settings.rand_views)]
         return sample | {"keep": keep}
+
+
+_VIEWS: dict[str, type[Views]] = {"dino": Views, "ibot": MaskedViews, "msn": PartialViews}
+
+
+def build_views(recipe: Recipe) -> Views:
+    """What makes a sample of an image for the recipe's method; PyTorch's collation makes batches of the samples."""
+    return _VIEWS[recipe.method](recipe)

@@ -30,7 +30,7 @@ class Protocol(NamedTuple):
 
 LONG = "it trains the whole network"
 
-# In the order in which `all` runs them: demo.py takes rows of the last one that applies as the sign of being done.
+# `all` runs them in this order, which nothing else relies on.
 PROTOCOLS: dict[str, Protocol] = {
     "retrieval": Protocol(RetrievalOptions, retrieval, features=False, own_data=True),
     "video": Protocol(VideoOptions, video_segmentation, features=False, own_data=True),

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.augment import MultiCrop
 from data.images import CELL, Images, load_photo, split_columns
+from data.views import multi_crop
 from evaluators.request import make_features
 from reporting import charts, pictures
 from reporting.html_parts import chart, image, neighbour_row
@@ -29,7 +29,7 @@ def data_pictures(run: Run, train: Images) -> dict[str, Any]:
     ]
     rows = ""
     indices = pictures.pick_contrast(train, ("astronaut", "chelsea", "coffee", "rocket"))
-    for index, (cell, *views) in zip(indices, pictures.crops(train, indices, MultiCrop.of(run.recipe)), strict=True):
+    for index, (cell, *views) in zip(indices, pictures.crops(train, indices, multi_crop(run.recipe)), strict=True):
         name = train.classes[train.labels[index]].replace("_", " ")
         shown = "".join(image(view, f"augmented view of {name}", width=3 * view.width) for view in views)
         rows += f"<div class='row'><span class='name'>{name}</span>{image(cell, name, width=96)}<i></i>{shown}</div>"
@@ -60,7 +60,7 @@ def training_chart(metrics: dict[str, list[dict[str, float]]], runs: dict[str, R
 def prototype_charts(runs: dict[str, Run]) -> dict[str, Any]:
     """Concentration and usage of the prototypes."""
     temperature = runs["DINO-vMF"].recipe.student_temp
-    kappas = {label: run.head.last_layer.weight_g.abs().flatten().numpy() / temperature for label, run in runs.items()}
+    kappas = {label: run.head.last_layer.norms.numpy() / temperature for label, run in runs.items()}
     counts: dict[str, dict[str, np.ndarray]] = {
         "Winner by the teacher's scores": {},
         "Winner by the centred targets": {},

@@ -36,6 +36,11 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def table_protocols(features: str) -> set[str]:
+    """The protocols whose rows a table needs; only a pretrained network has prototypes to count."""
+    return {protocol for protocol, _ in ACCURACIES.values()} | ({"prototypes"} if features == "teacher" else set())
+
+
 def make_table(output: Path) -> list[Row]:
     """One row per model from the runs' results.jsonl; accuracies in [0, 1], None where a number does not exist.
 

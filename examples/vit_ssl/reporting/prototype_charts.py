@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
 
+from evaluators.prototypes.tables import BY_KAPPA, DUPLICATES, PROTOTYPES, read_table
 from reporting import charts
-
-DUPLICATES, PROTOTYPES, BY_KAPPA = "duplicates.csv", "prototypes.csv", "knn_by_kappa.csv"
-
-
-def read_table(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV file with a header; numbers where all of a column are."""
-    with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    columns = {}
-    for name, column in zip(header, zip(*rows, strict=True), strict=True):
-        try:
-            columns[name] = np.array(column, float)
-        except ValueError:
-            columns[name] = np.array(column)
-    return columns
 
 
 def duplicates(table: dict[str, np.ndarray], *, dark: bool = False) -> str:

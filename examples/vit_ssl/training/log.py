@@ -1,4 +1,4 @@
-"""What is logged: statistics of targets, centres and prototypes, averaged over processes, and metrics.jsonl."""
+"""What is logged: the statistics of a step, averaged over micro-batches and processes, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -14,43 +14,6 @@ from runtime.distributed import gather_rows
 
 METRICS = "metrics.jsonl"
 CURVES = "tensorboard"
-KAPPA_QUANTILES = {"kappa_min": 0.0, "kappa_p05": 0.05, "kappa_p50": 0.5, "kappa_p95": 0.95, "kappa_max": 1.0}
-
-
-def target_statistics(targets: Tensor, loss: Tensor) -> dict[str, Tensor]:
-    """Entropies in nats of the teacher's targets (N, K), whose cross-entropy with the student is `loss`.
-
-    `target_entropy` is their mean entropy (ln K: every target is uniform), `marginal_entropy` that of their mean (0:
-    all images share one prototype), `kl` = loss - target_entropy the mean KL(target || student). A run that learns has
-    a target entropy well below its marginal entropy; in a collapsed one they are equal. `prototypes_used` is the
-    number of prototypes that are the largest of some target.
-    """
-    target_entropy = torch.special.entr(targets).sum(-1).mean()
-    marginal_entropy = torch.special.entr(targets.mean(0)).sum()
-    used = torch.zeros_like(targets[0]).scatter_(0, targets.argmax(-1), 1).sum()
-    entropies = {"target_entropy": target_entropy, "marginal_entropy": marginal_entropy, "kl": loss - target_entropy}
-    return entropies | {"prototypes_used": used}
-
-
-def kappa_statistics(kappa: Tensor) -> dict[str, Tensor]:
-    """Quantiles over the prototypes of their concentrations kappa = ||w|| / student_temp, (K,)."""
-    quantiles = torch.quantile(kappa, kappa.new_tensor(list(KAPPA_QUANTILES.values())))
-    return dict(zip(KAPPA_QUANTILES, quantiles, strict=True))
-
-
-def center_statistics(loss_state: Mapping[str, Tensor], teacher_temp: float) -> dict[str, Tensor]:
-    """Entropy in nats of each centre in a loss' state dict, as the mean assignment that it stands for.
-
-    `center_entropy` is that of softmax(log_center), or of softmax(center / teacher_temp) for a centre of logits: ln K
-    where all prototypes are equally likely, 0 where one takes all. A second centre, iBOT's of patches, gives
-    `center2_entropy`.
-    """
-    statistics = {}
-    for name, center in loss_state.items():
-        if name.removesuffix("2") in ("center", "log_center"):
-            logits = center.flatten() / (1 if name.startswith("log_") else teacher_temp)
-            statistics[f"{name.removeprefix('log_')}_entropy"] = torch.special.entr(logits.softmax(0)).sum()
-    return statistics
 
 
 def mean_statistics(micro_batches: list[dict[str, float | Tensor]], signal: int = 0) -> tuple[dict[str, float], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,14 @@ def cosine_schedule(
     warmup = np.linspace(warmup_start, start, warmup_steps)
     progress = np.arange(steps - warmup_steps) / max(steps - warmup_steps, 1)
     return np.concatenate([warmup, end + 0.5 * (start - end) * (1 + np.cos(np.pi * progress))])
+
+
+class StepValues(NamedTuple):
+    """What the schedules say about one step."""
+
+    lr: float
+    weight_decay: float
+    teacher_momentum: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +59,7 @@ class Schedules:
         else:
             momentum = cosine_schedule(recipe.momentum_teacher, 1.0, stretched)
         return cls(lr=lr[:steps], weight_decay=decay[:steps], teacher_momentum=momentum[:steps])
+
+    def at(self, step: int) -> StepValues:
+        """The values of one step of the run."""
+        return StepValues(float(self.lr[step]), float(self.weight_decay[step]), float(self.teacher_momentum[step]))

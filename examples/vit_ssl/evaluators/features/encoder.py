@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from evaluators.features.position_embeddings import interpolate_as_dino
 from evaluators.features.public_checkpoints import open_public_checkpoint
-from training.run import CHECKPOINT, load_run
+from training.checkpoint_file import CHECKPOINT
 
 SOURCES = (
     "the --output directory of pretrain.py, a folder or hub name that transformers' AutoModel opens, or an original "
@@ -76,9 +76,8 @@ class Encoder:
 def open_encoder(
     source: str | Path, device: torch.device | str = "cpu", *, key: str = "teacher", heads: int | None = None
 ) -> Encoder:
-    """Open a backbone for evaluation, in float32.
+    """Open a backbone for evaluation, in float32; one of our own runs is opened by `request.open_evaluation` instead.
 
-    - the --output directory of pretrain.py: the EMA teacher of its last checkpoint;
     - a folder or hub name that `AutoModel` opens, with a [CLS] token and patch tokens (DINO, MSN, DINOv2, ...);
     - an original .pth file of DINO, iBOT or MSN: the network under `key`, see `public_checkpoints`. `heads` is its
       number of attention heads, needed for widths other than those of ViT-Ti/S/B/L/H.
@@ -90,9 +89,6 @@ def open_encoder(
         ValueError: the file or model is of another kind or incomplete; the message names what is missing.
     """
     path = Path(source)
-    if (path / CHECKPOINT).is_file():
-        run = load_run(path, device)
-        return as_encoder(run.backbone, str(source), image_size=run.recipe.image_size)
     if path.is_file():
         model: PreTrainedModel = open_public_checkpoint(path, key=key, heads=heads)
         return dataclasses.replace(as_encoder(model.to(device), str(source)), key=key)

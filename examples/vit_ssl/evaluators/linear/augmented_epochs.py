@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.augment import MultiCropDataset, random_resized_crop, to_tensor
+from data.augment import random_resized_crop, to_tensor
+from data.augmented_images import AugmentedImages
 from data.images import Images
 from evaluators.features.encoder import Encoder
 from evaluators.features.extraction import Readable, collate, encode
@@ -41,7 +42,7 @@ def augmented_epochs(
 
     An unreadable image adds nothing to the loss of its batch.
     """
-    crops = MultiCropDataset(images, FlippedCrop(encoder.image_size), schedule.seed)
+    crops = AugmentedImages(images, FlippedCrop(encoder.image_size), schedule.seed)
     device = encoder.model.device
 
     @torch.no_grad()

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evaluators.features.public_checkpoints import read_network
 from evaluators.protocol import Evaluation, NotApplicable
-from training.run import Run
 from vmf_heads import VMFPrototypeHead
+
+if TYPE_CHECKING:
+    from training.run import Run
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,7 @@ def open_components(evaluation: Evaluation, *, normalizer: str, temperature: flo
     if source is None or not source.is_file():
         raise NotApplicable("prototypes are in the head, and this checkpoint is a backbone alone")
     head = read_head(read_network(source, key=evaluation.encoder.key), normalizer).to(evaluation.encoder.model.device)
-    return Components(
-        head.last_layer.weight, temperature, head.log_normalizer(temperature), lambda x: F.normalize(head.mlp(x), dim=1)
-    )
+    return Components(head.last_layer.weight, temperature, head.log_normalizer(temperature), head.features)
 
 
 def of_run(run: Run) -> Components:
@@ -62,7 +62,7 @@ def of_run(run: Run) -> Components:
         layer.weight,
         temperature,
         run.head.log_normalizer(temperature, layer.norms),
-        lambda x: F.normalize(run.head.mlp(x), dim=1),
+        run.head.features,
         lambda scores: run.method.targets(scores, epoch),
     )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +14,7 @@ from evaluators.knn import predict
 from evaluators.protocol import Evaluation, Metric
 from evaluators.prototypes.choices import Choices, by_kappa, choose
 from evaluators.prototypes.components import Components, open_components
-from reporting.prototype_charts import BY_KAPPA, DUPLICATES, PROTOTYPES, draw_charts
+from evaluators.prototypes.tables import BY_KAPPA, DUPLICATES, PROTOTYPES, write_table
 from runtime.distributed import is_main
 from vmf_heads import prototype_report
 
@@ -26,7 +24,7 @@ COSINE = 0.9
 
 @dataclass(frozen=True)
 class PrototypesOptions:
-    """Section 5.2 of the paper. Tables and charts go to OUTPUT/prototypes/."""
+    """Section 5.2 of the paper. Tables, and charts of them, go to OUTPUT/prototypes/."""
 
     images: int | None = None
     """At most so many train images, evenly spaced, decide which prototypes are used; by default all of them."""
@@ -73,7 +71,6 @@ def prototypes(evaluation: Evaluation, options: PrototypesOptions = PrototypesOp
     if evaluation.dataset is None:  # the prototypes alone, for instance of a downloaded checkpoint
         if is_main():
             yield from _of_prototypes(evaluation, components, None, options)
-            draw_charts(evaluation.output / "prototypes")
         return
     train, queries = evaluation.features("train"), evaluation.features(evaluation.split)
     correct = predict(train, queries, (options.k,))[options.k] == queries.labels  # the ranks share it
@@ -83,7 +80,6 @@ def prototypes(evaluation: Evaluation, options: PrototypesOptions = PrototypesOp
     chosen = choose(components, train.x, np.unique(np.linspace(0, len(train.x) - 1, count).astype(int)))
     yield from _of_prototypes(evaluation, components, chosen, options)
     yield from _by_kappa(evaluation, components, queries.x, correct, options)
-    draw_charts(evaluation.output / "prototypes")
 
 
 def _of_prototypes(
@@ -141,16 +137,3 @@ def _by_kappa(
         yield Metric(f"top1@kappa_{notes.pop('percentiles')}", notes.pop("top1"), notes)
     folder = evaluation.output / "prototypes"
     write_table(folder / BY_KAPPA, table)
-
-
-def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows with the same keys as CSV; no rows make no file."""
-    rows = list(rows)
-    path.unlink(missing_ok=True)
-    if not rows:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
