@@ -22,6 +22,7 @@ from evaluators.protocol import Evaluation, NotApplicable
 from evaluators.registry import PROTOCOLS
 from evaluators.request import Request, open_evaluation
 from paper_rows import check_paper_row
+from runtime.ending import sound_ending
 
 PAPER_ROW = (
     "Model of the paper's tables to compare with, like 'ViT-S/16 DINO-vMF'; by default the one of the run's recipe."
@@ -152,4 +153,5 @@ def _with_options(run: Callable[[Request, Any], None], options: type[Any]) -> Ca
 
 
 if __name__ == "__main__":
-    main()
+    with sound_ending():
+        main()

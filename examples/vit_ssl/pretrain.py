@@ -35,6 +35,7 @@ from methods import build_method
 from metrics import MetricsLog, mean_statistics
 from optimization import parameter_groups
 from parallel import Strategy, parallelize
+from runtime.ending import sound_ending
 from schedules import Schedules
 from training_state import restore_state, whole_state
 from training_step import check_statistics, seed_step, train_step
@@ -238,4 +239,5 @@ def resumable_state(output: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))
+    with sound_ending():
+        main(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))
