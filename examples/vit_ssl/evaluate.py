@@ -23,6 +23,7 @@ from evaluators.request import Request, open_evaluation
 from reporting.paper_rows import check_paper_row
 from reporting.rows import Row, append_rows, make_rows, print_table, read_results, save_predictions
 from runtime.distributed import is_main, process_group
+from runtime.ending import sound_ending
 
 PAPER_ROW = (
     "Model of the paper's tables to compare with, like 'ViT-S/16 DINO-vMF'; by default the one of the run's recipe."
@@ -170,4 +171,5 @@ def _with_options(run: Callable[[Request, Any], None], options: type[Any]) -> Ca
 
 
 if __name__ == "__main__":
-    main()
+    with sound_ending():
+        main()

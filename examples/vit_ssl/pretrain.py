@@ -27,6 +27,7 @@ from data.loading import load_steps, micro_batch_size, training_images
 from methods.method import Batch, Method, Statistics
 from methods.registry import build_method
 from runtime.distributed import device, is_main, process_group, world_size
+from runtime.ending import sound_ending
 from training.collapse import CollapseDetector
 from training.ema import ema_update
 from training.optimization import clip_gradients, drop_last_layer_gradients, parameter_groups
@@ -238,4 +239,5 @@ def parse_overrides(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))
+    with sound_ending():
+        main(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))
