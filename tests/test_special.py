@@ -73,7 +73,8 @@ def test_any_shape_and_layout(function, compiled, device):
         assert got.shape == kappa.shape, name
         one_by_one = [function(value, 64, compiled=False) for value in kappa.detach().flatten()]
         want = torch.stack(one_by_one).reshape(kappa.shape) if one_by_one else torch.empty_like(kappa)
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=0, msg=name)
+        # log C_64 falls from 40 through 0: there a rounding of its terms is no small part of it.
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("compiled", [None, True])
