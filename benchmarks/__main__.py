@@ -9,6 +9,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
 
 from benchmarks.augment import augment
+from benchmarks.evidence import evidence
 from benchmarks.fashion import fashion
 from benchmarks.loss import loss
 from benchmarks.mixture import mixture
@@ -22,6 +23,7 @@ COMMANDS = {
     "step": step,
     "mixture": mixture,
     "fashion": fashion,
+    "evidence": evidence,
 }
 
 if __name__ == "__main__":

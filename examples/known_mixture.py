@@ -32,6 +32,9 @@ STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
 NORM_SPEED = 3.0
 """The norms learn this much faster than the directions: 1500 steps are a small part of a pretraining."""
 
+STARTS = 20
+"""Of the maximum-likelihood fit; the best is kept."""
+
 METHODS = {
     "DINO": {"normalizer": "none", "centering": "logit"},
     "DINO, L2": {"normalizer": "none", "centering": "logit", "norm_last_layer": True},
@@ -149,12 +152,12 @@ def train(
 
 
 def maximum_likelihood(
-    points: Tensor, components: int, generator: torch.Generator, *, iterations: int = 60, starts: int = 20
+    points: Tensor, components: int, generator: torch.Generator, *, iterations: int = 60
 ) -> tuple[Tensor, Tensor]:
     """kappa (K,) and the logits (N, K) of a mixture fitted to `points` (N, p) by EM, the best of several starts."""
     p = points.shape[1]
     best = (-math.inf, torch.empty(0), torch.empty(0))
-    for _ in range(starts):
+    for _ in range(STARTS):
         means = spread_out(points, components, generator)
         kappa, log_share = torch.full((components,), 20.0), torch.full((components,), -math.log(components))
         for _ in range(iterations):

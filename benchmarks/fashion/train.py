@@ -20,11 +20,11 @@ class Settings:
     normalization: str = "vmf"
     centering: str = "probability"
     center_on: str = "scores"
-    norm_speed: float = 30.0
+    norm_speed: float = 10.0
     steps: int = 600
     batch: int = 128
     prototypes: int = 256
-    bottleneck: int = 16
+    bottleneck: int = 8
     hidden: int = 256
     widths: tuple[int, ...] = (16, 32, 64)
     pool: int = 4

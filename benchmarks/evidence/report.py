@@ -1,0 +1,47 @@
+"""The tables of docs/evidence.md."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.evidence.fashion_tables import by_fifth, fashion_stability, table_1
+from benchmarks.evidence.mixture_tables import kappa, other_problems, readings, stability
+
+DOCS = Path(__file__).parents[2] / "docs" / "evidence.md"
+MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "readings": ("mixture_readings", readings),
+    "overlap": ("mixture_overlap", other_problems),
+    "apart": ("mixture_readings", other_problems),
+    "kappa": ("mixture_norms", kappa),
+    "stability": ("mixture_stability", stability),
+    "table_1": ("fashion_table", table_1),
+    "by_fifth": ("fashion_table", by_fifth),
+    "fashion_stability": ("fashion_stability", fashion_stability),
+}
+"""By the name between the markers: the result file, and what makes the table from it."""
+
+
+def update_docs() -> None:
+    """Replace what stands between the markers of docs/evidence.md by tables of the newest results."""
+    DOCS.write_text(rendered(DOCS.read_text()))
+
+
+def rendered(page: str) -> str:
+    """`page` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        file, make = TABLES[match[2]]
+        result = results.latest(file)
+        return f"{match[1]}\n{make(result)}\n\n{_provenance(result)}\n{match[3]}"
+
+    return MARKER.sub(made, page)
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("vmf_heads", "torch"))
+    minutes = sum(row["cpu_seconds"] for row in result["rows"]) / 60
+    where = f"{result['device']}, {result['threads']} thread, {result['date']}"
+    return f"*benchmarks/results/{result['benchmark']}: {where}; {versions}; {minutes:.0f} minutes of CPU time.*"

@@ -1,0 +1,38 @@
+"""docs/evidence.md shows what the result files hold, and its conclusions are theirs."""
+
+import math
+
+import pytest
+from benchmarks import results
+from benchmarks.evidence import report
+from benchmarks.evidence.summary import mean_and_error, select, table, text
+
+
+def test_the_page_shows_the_committed_results() -> None:
+    page = report.DOCS.read_text()
+    assert set(report.TABLES) == {match[2] for match in report.MARKER.finditer(page)}
+    assert report.rendered(page) == page, "run `python -m benchmarks evidence`"
+
+
+@pytest.mark.parametrize("speed", [1.0, 3.0, 10.0])
+def test_the_default_reading_holds_what_the_page_says_of_it(speed: float) -> None:
+    rows = select(results.latest("mixture_readings")["rows"], p=16, prototypes=64, norm_speed=speed, norm_decay=0.0)
+
+    def mean(arm: str, name: str) -> float:
+        own = select(rows, arm=arm)
+        assert len(own) == 5
+        return mean_and_error(row[name] for row in own)[0]
+
+    assert mean("vMF, responsibilities", "used_by_logits") >= 0.9 > mean("vMF, scores", "used_by_logits")
+    assert mean("vMF, responsibilities", "purity") >= 0.95
+    assert mean("vMF, responsibilities", "rank_correlation") >= 0.6 > 0 > mean("none, logit", "rank_correlation")
+
+
+def test_means_have_the_standard_error_of_the_mean() -> None:
+    mean, error = mean_and_error([1.0, 2.0, None, 3.0])
+    assert (mean, error) == (2.0, pytest.approx(1 / math.sqrt(3)))
+    assert mean_and_error([None]) is None
+    assert text([0.5, -1.5], signed=True) == "−0.50 ± 1.00"
+    assert text([0.25], scale=100, digits=1, signed=True) == "+25.0"
+    assert text([]) == "–"
+    assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
