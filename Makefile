@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format docs clean
+.PHONY: help install demo test test-fast coverage lint format docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ test: $(INSTALLED) ## run all tests
 test-fast: $(INSTALLED) ## run the tests that take less than ten seconds each
 	@$(BIN)/python -m pytest -m "not slow"
 
+coverage: $(INSTALLED) ## run the tests of the library, and list the lines of src/ that none of them reaches
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest @tests/library.txt
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+
 lint: $(INSTALLED) ## check style, formatting and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -43,7 +49,7 @@ docs: $(INSTALLED) ## build the documentation in site/
 	@echo "The documentation is in site/index.html; its search works when served: $(BIN)/mkdocs serve"
 
 clean: ## remove what was built and cached, but not .venv and runs/
-	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	@find benchmarks examples src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and by itself: it is the one package of which people want a particular build.

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from augment import MultiCrop
 from benchmarks import results
 from benchmarks.timing import interleaved_medians
-from data import PHOTOS, load_photo
+from data.augment import MultiCrop
+from data.images import PHOTOS, load_photo
 
 SIZE = (500, 375)
 """A common size of ImageNet's photographs, in px."""

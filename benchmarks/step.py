@@ -10,10 +10,10 @@ from torch import Tensor
 from benchmarks import results
 from benchmarks.loss.memory import peak
 from benchmarks.timing import interleaved_medians
-from config import Recipe, load_recipe
-from ema import ema_update
-from methods import build_method
-from optimization import parameter_groups
+from config.recipe import Recipe, load_recipe
+from methods.registry import build_method
+from training.ema import ema_update
+from training.optimization import parameter_groups
 
 PLAIN = "DINO"
 CONTENDERS: dict[str, dict[str, Any]] = {

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel, ViTMSNConfig, ViTMSNModel
 
-from data import load_images
-from encoder import as_encoder
+from data.images import load_images
+from evaluators.features.encoder import as_encoder
 
 TINY = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from benchmarks import augment as benchmark
 
-from augment import MultiCrop
+from data.augment import MultiCrop
 
 
 def test_the_last_stage_is_the_whole_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:

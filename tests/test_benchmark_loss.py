@@ -100,3 +100,9 @@ def test_a_brief_size_has_one_table() -> None:
 def test_the_page_shows_the_committed_result() -> None:
     text = report.DOCS.read_text()
     assert report.rendered(text) == text, "run `python -m benchmarks loss`"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/loss.md"])
+def test_the_headline_is_that_of_the_committed_result(page: str) -> None:
+    text = " ".join((report.DOCS.parents[1] / page).read_text().split())
+    assert report.headline() in text, "run `python -m benchmarks loss` and quote its headline"

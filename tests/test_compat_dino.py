@@ -11,7 +11,7 @@ import vmf_reference
 from devices import DEVICES
 from dino_models import BATCH, NCROPS, SCHEDULE, K, P, crops, dino_loss, models
 from dino_original import OriginalHead, OriginalLoss
-from vmf_heads.compat._centre import LogitCentre
+from vmf_heads.centering import LogitCentering
 from vmf_heads.compat.dino import DINOHead, DINOLoss
 
 BOTH = pytest.mark.parametrize("centering", ["logit", "probability"])
@@ -175,7 +175,7 @@ def test_copies_have_the_centre_and_are_not_attached(copy_of, centering):
 
 
 def test_a_logit_centre_without_rows_stays():
-    centre = LogitCentre((1, 2), 0.9, None)
+    centre = LogitCentering((1, 2), 0.9, None)
     centre.center.copy_(torch.tensor([[1.0, 2.0]]))
     centre.commit_()
     assert centre.center.tolist() == [[1.0, 2.0]]

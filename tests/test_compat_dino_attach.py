@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dino_models import BATCH, NCROPS, K, Model, crops, dino_loss, models
+import vmf_reference
+from dino_models import BATCH, NCROPS, K, Model, P, crops, dino_loss, models
 from vmf_heads import set_temperature
 from vmf_heads.compat.dino import DINOHead, DINOLoss
 
@@ -29,20 +30,19 @@ def test_attach_takes_over_the_heads_inside(wrap):
     x = crops()
     value = loss(wrapped[0](x), wrapped[1](x[: 2 * BATCH]), 0)
     assert value.isfinite()
-    torch.testing.assert_close(
-        teacher.head.last_prototype_norms, teacher.head.last_layer.norms.detach(), rtol=0, atol=0
-    )
 
 
-def test_norms_are_those_of_the_teachers_forward():
-    """An EMA update between the teacher's forward and the loss does not mix two sets of prototypes."""
+def test_the_norms_are_those_of_the_teachers_head_at_the_call():
+    """The loss keeps nothing from a forward: scores from anywhere have targets, with log C_p of the norms of now."""
     student, teacher = models()
     loss = dino_loss()
     loss.attach(student, teacher)
-    scores = teacher(crops()[: 2 * BATCH])
-    before = loss.targets(scores, 0)
-    teacher.head.last_layer.weight_g.data.mul_(2)
-    torch.testing.assert_close(loss.targets(scores, 0), before, rtol=0, atol=0)
+    scores, layer = torch.randn(2 * BATCH, K), teacher.head.last_layer
+    for factor in (1, 2):
+        layer.weight_g.data.mul_(factor)
+        log_c = vmf_reference.log_normalizer(layer.norms.double() / 0.04, P)
+        want = (scores.double() / 0.04 + log_c).softmax(dim=1)
+        torch.testing.assert_close(loss.targets(scores, 0).double(), want, rtol=1e-4, atol=1e-6)
 
 
 def test_targets_leave_the_centre_and_carry_no_gradient():
@@ -68,8 +68,8 @@ def two_headed() -> nn.Module:
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        (nn.Linear(2, 2), models()[1], r"`student` \(a Linear\) must contain exactly one VMFPrototypeHead.*none"),
-        (models()[0], nn.Linear(2, 2), r"`teacher` \(a Linear\) must contain exactly one VMFPrototypeHead.*none"),
+        (nn.Linear(2, 2), models()[1], r"`student` \(a Linear\) must contain exactly one prototype head.*none"),
+        (models()[0], nn.Linear(2, 2), r"`teacher` \(a Linear\) must contain exactly one prototype head.*none"),
         (two_headed(), models()[1], r"`student` \(a ModuleDict\) must .* it contains 2: 'cls', 'patch'"),
         (models()[0], models(normalizer="none")[1], r"`normalizer` of the teacher's head \(='none'\) must be .*'vmf'"),
     ],
@@ -100,7 +100,8 @@ def test_attach_fails_before_it_changes_anything():
     teacher.head.attach_output("features")
     with pytest.raises(RuntimeError, match="already serves a loss as 'features' and cannot serve another as 'scores'"):
         dino_loss().attach(student, teacher)
-    assert student.head._attached_output is None
+    assert not student.head.is_attached
+    assert student.head.output == "logits"
 
 
 def test_the_loss_keeps_its_temperature():
@@ -159,13 +160,9 @@ def test_bad_inputs_change_nothing(student, teacher, epoch, message):
     assert loss.centering.log_center.eq(0).all()
 
 
-def test_the_order_of_calls_is_checked():
-    loss = dino_loss()
+def test_the_loss_must_be_attached():
     with pytest.raises(RuntimeError, match=r"call `attach\(student, teacher\)` once before the loss"):
-        loss(STUDENT, TEACHER, 0)
-    loss.attach(*models())
-    with pytest.raises(RuntimeError, match="the attached teacher's head has not run: call the teacher before the loss"):
-        loss(STUDENT, TEACHER, 0)
+        dino_loss()(STUDENT, TEACHER, 0)
 
 
 @pytest.mark.parametrize(
@@ -206,28 +203,32 @@ def test_state_dict_holds_the_centre_only(centering, name):
     torch.testing.assert_close(outer_resumed.state_dict(), outer.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("first_call", ["targets", "update_center"])
-def test_dinos_own_centre_is_converted_at_the_teacher_temperature(first_call):
-    """A checkpoint of the original loss, with every prototype's norm 1: the targets are DINO's."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_dinos_own_centre_serves_at_every_temperature_until_the_first_update(fused):
+    """A checkpoint of the original loss, with every prototype's norm 1: the targets are DINO's, and to ask for them
+    changes nothing. The update converts the centre at the teacher's temperature of that moment, and warns."""
     center = torch.randn(1, K) / 10
     student, teacher = models(norms=False)
     loss = dino_loss()
     loss.load_state_dict({"center": center}, strict=True)
     assert set(loss.state_dict()) == {"log_center", "logit_center"}
-    resumed = dino_loss()
+    resumed = dino_loss(fused=fused)
     resumed.load_state_dict(loss.state_dict(), strict=True)
+    x = crops()
+    scores = teacher(x[: 2 * BATCH])
+    scores = scores - 0.1 * teacher.head.log_normalizer(0.1)  # not attached yet, it returns logits
     resumed.attach(student, teacher)
-    scores = teacher(crops()[: 2 * BATCH])
+    output = teacher(x[: 2 * BATCH])
+    for epoch, temperature in [(1, 0.055), (0, 0.04)]:
+        torch.testing.assert_close(resumed.targets(output, epoch), ((scores - center) / temperature).softmax(dim=1))
+    torch.testing.assert_close(resumed.state_dict(), loss.state_dict(), rtol=0, atol=0)
     with pytest.warns(
         UserWarning, match=r"a DINO logit `center` was loaded .* divided by the teacher temperature 0.055"
     ):
-        getattr(resumed, first_call)(scores, 1)
-    if first_call == "targets":
-        torch.testing.assert_close(resumed.targets(scores, 1), ((scores - center) / 0.055).softmax(dim=1))
-    else:
-        mean = (scores / 0.055).softmax(dim=1).mean(dim=0).log()
-        want = 0.9 * center[0] / 0.055 + 0.1 * mean
-        torch.testing.assert_close(resumed.state_dict(), {"log_center": want})
+        resumed(student(x), output, 1)
+    mean = (scores / 0.055).softmax(dim=1).mean(dim=0).log()
+    want = 0.9 * center[0] / 0.055 + 0.1 * mean
+    torch.testing.assert_close(resumed.state_dict(), {"log_center": want})
 
 
 def test_a_vmf_centre_does_not_load_into_logit_centring():

@@ -92,7 +92,7 @@ def test_evaluation_leaves_no_graph() -> None:
 
 @pytest.mark.parametrize("centering", ["logit", "probability"])
 def test_a_step_holds_no_logits(centering: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmf_heads._chunked._CHUNK_BYTES", {"cpu": 4 * K * 4})
+    monkeypatch.setattr("vmf_heads._memory.CHUNK_BYTES", {"cpu": 4 * K * 4})
     student, teacher = models()
     loss = dino_loss(centering=centering, fused=True)
     loss.attach(student, teacher)
@@ -107,7 +107,7 @@ def test_a_step_holds_no_logits(centering: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("centering", ["logit", "probability"])
 def test_a_step_makes_neither_prototypes_nor_their_gradient(centering: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmf_heads._weight_norm._BLOCK", K)  # of the gradient of K * p directions
+    monkeypatch.setattr("vmf_heads._memory.CACHE_BYTES", 4 * K)  # of the gradient of K * p directions
     student, teacher = models()
     loss = dino_loss(centering=centering, fused=True)
     loss.attach(student, teacher)
@@ -123,8 +123,7 @@ def test_a_step_makes_neither_prototypes_nor_their_gradient(centering: str, monk
 def test_targets_of_an_attached_head_are_those_of_the_unfused_loss(
     half: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("compat._centre", "_prototypes"):  # as under CUDA autocast: both round the same operands
-        monkeypatch.setattr(f"vmf_heads.{module}.autocast_dtype", lambda _: half)
+    monkeypatch.setattr("vmf_heads._matmul.autocast_dtype", lambda _: half)  # as under CUDA autocast
     student, teacher = models()
     x = crops()[: 2 * 5]
     targets = []
@@ -141,20 +140,22 @@ def cpu_autocast_dtype(_: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
-@pytest.mark.parametrize("call", ["targets", "update_center"])
-def test_exact_heads_stay_exact_under_autocast(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`logits_dtype=torch.float32` counts for what the fused loss makes of features, too."""
-    # As on CUDA, whose autocast alone rounds operands.
-    monkeypatch.setattr("vmf_heads.compat._centre.autocast_dtype", cpu_autocast_dtype)
-    student, teacher = models(logits_dtype=torch.float32)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("call", ["targets", "update_center", "forward"])
+def test_exact_heads_stay_exact_under_autocast(call: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`float32_scores=True` counts for what the fused loss makes of features, too; without it autocast rounds."""
+    for module in ("_matmul", "cross_entropy"):  # as on CUDA, whose autocast alone rounds operands
+        monkeypatch.setattr(f"vmf_heads.{module}.autocast_dtype", cpu_autocast_dtype)
+    student, teacher = models(float32_scores=exact)
     loss = dino_loss(fused=True)
     loss.attach(student, teacher)
-    features = teacher(crops()[: 2 * 5])
+    x = crops()
+    outputs = [teacher(x[: 2 * 5])] if call != "forward" else [student(x).detach(), teacher(x[: 2 * 5])]
     results = []
     for enabled in (False, True):
         copied = copy.deepcopy(loss)
         copied.attach(student, teacher)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            result = getattr(copied, call)(features, 0)
-        results.append(copied.state_dict() if result is None else result)
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+            result = getattr(copied, call)(*outputs, 0)
+        results.append(copied.state_dict()["log_center"] if result is None else result)
+    assert torch.equal(*results) is exact

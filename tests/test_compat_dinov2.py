@@ -241,9 +241,13 @@ def test_dinov2s_own_centre_is_converted():
     loss = attached(iBOTPatchLoss, student, teacher)
     loss.load_state_dict({"center": center}, strict=True)
     scores = teacher(tokens(iBOTPatchLoss))
-    with pytest.warns(UserWarning, match=r"a DINO logit `center` was loaded .* the teacher temperature 0.05"):
-        targets = loss.softmax_center_teacher(scores, 0.05)
+    targets = loss.softmax_center_teacher(scores, 0.05)
     torch.testing.assert_close(targets, ((scores - center[0]) / 0.05).softmax(dim=1))
+    with pytest.warns(UserWarning, match=r"a DINO logit `center` was loaded .* the teacher temperature 0.05"):
+        loss.update_center(scores)
+    loss.apply_center_update()
+    mean = (scores / 0.05).softmax(dim=1).mean(dim=0).log()
+    torch.testing.assert_close(loss.state_dict(), {"log_center": 0.9 * center[0, 0] / 0.05 + 0.1 * mean})
 
 
 def test_head_has_dinov2s_signature_and_parameters():
@@ -295,12 +299,9 @@ def test_order_of_calls(cls):
             use = lambda: loss.forward_masked(logits, logits, masks())  # noqa: E731
         with pytest.raises(RuntimeError, match=r"call `attach\(student, teacher\)` once before the loss"):
             use()
-    loss.attach(student, teacher)
-    with pytest.raises(RuntimeError, match="the attached teacher's head has not run"):
-        loss.softmax_center_teacher(logits, 0.05)
-    other = attached(cls, student, teacher)
+    attached_loss = attached(cls, student, teacher)
     with pytest.raises(RuntimeError, match="call `softmax_center_teacher` before `update_center`"):
-        other.update_center(teacher(tokens(cls)))
+        attached_loss.update_center(teacher(tokens(cls)))
 
 
 def test_bad_inputs():

@@ -5,9 +5,12 @@ import inspect
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import vmf_reference
+from gloo import run_on_ranks
 from vmf_heads.compat.dino import DINOLoss
 from vmf_heads.compat.dinov3 import DINOHead
 from vmf_heads.special import vmf_mean_resultant
@@ -129,8 +132,52 @@ def test_attached_as_a_teacher_it_returns_scores():
     x = torch.randn(6, 16)
     torch.testing.assert_close(teacher(x), plain(teacher, x))
     assert loss(student(x), teacher(x), 0).isfinite()
-    with pytest.raises(ValueError, match=r"`output` \(='features'\) must be one of 'logits', 'scores'"):
-        DINOLoss(K, 2, 0.04, 0.04, 0, 1, fused=True).attach(head(), head())
+
+
+@pytest.mark.parametrize("centering", ["probability", "logit"])
+def test_the_fused_loss_takes_prototypes_without_weight_normalisation(centering):
+    """Loss, gradients (those of the prototypes through their norms, too) and centre are those from the logits."""
+    pair = head().double(), head().double().requires_grad_(False)
+    crops = torch.randn(4 * 5, 16, dtype=torch.float64)
+    results = []
+    for fused in (False, True):
+        student, teacher = copy.deepcopy(pair)
+        loss = DINOLoss(K, 4, 0.04, 0.04, 0, 1, centering=centering, fused=fused).double()
+        loss.attach(student, teacher)
+        value = loss(student(crops), teacher(crops[: 2 * 5]), 0)
+        gradients = torch.autograd.grad(value, list(student.parameters()))
+        results.append((value.detach(), gradients, dict(loss.state_dict())))
+    torch.testing.assert_close(results[1], results[0])
+    unit = nn.functional.normalize(pair[0].last_layer.weight.detach(), dim=1)
+    assert (results[1][1][-1] * unit).sum(dim=1).abs().min() > 0  # the norms have a gradient
+
+
+def sharded_step(rank: int | None) -> list[dict[str, Tensor]]:
+    """Unfused and fused: gradients and centre of a step on 6 images, or on this rank's 3 of them under FSDP2."""
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(5)
+        student, teacher = head(), head()
+        if rank is not None:
+            fully_shard(student), fully_shard(teacher)
+        loss = DINOLoss(K, 4, 0.04, 0.04, 0, 1, fused=fused)
+        loss.attach(student, teacher)
+        images = slice(None) if rank is None else slice(3 * rank, 3 * rank + 3)
+        crops = torch.randn(4, 6, 16)[:, images].flatten(0, 1)
+        loss(student(crops), teacher(crops[: len(crops) // 2]), 0).backward()
+        results.append({name: whole(p.grad) for name, p in student.named_parameters()} | loss.state_dict())
+    return results
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def test_sharded_heads_train_as_whole_ones():
+    """Under FSDP2 the loss gathers the norms of the teacher's prototypes, K numbers, outside of its forward."""
+    alone = sharded_step(None)
+    for of_rank in run_on_ranks(sharded_step):
+        torch.testing.assert_close(of_rank, alone, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("columns", "options", "name"), [(15, {}, "in_dim"), (16, {"only_last_layer": True}, "bottl")])

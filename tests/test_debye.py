@@ -4,9 +4,8 @@ from fractions import Fraction
 
 import mpmath
 import pytest
-import torch
 
-from vmf_heads._debye import Polynomial, _next_debye, debye_log_polynomials, derivative, horner, multiply
+from vmf_heads._debye import Polynomial, _next_debye, debye_log_polynomials, derivative, multiply
 
 
 def debye(terms: int) -> list[Polynomial]:
@@ -83,11 +82,3 @@ def test_polynomial_arithmetic():
     assert multiply([], [one]) == multiply([one], []) == []
     assert derivative([three, one, two]) == [1, 4]
     assert derivative([three]) == []
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_horner(dtype):
-    x = torch.tensor([0.0, 1.0, -2.0], dtype=dtype)
-    got = horner((1.0, -3.0, 0.5), x)
-    assert got.dtype == dtype
-    assert got.tolist() == [1.0, -1.5, 9.0]

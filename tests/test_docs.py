@@ -1,14 +1,17 @@
 """The documentation site: it builds without a warning, needs no network, and its reference is complete."""
 
 import importlib
+import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from docs import mathml
+from mkdocs.exceptions import PluginError
 
-import vmf_heads
 import vmf_heads.compat.dino
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +24,10 @@ def test_the_site_builds_strictly_and_needs_no_network(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     pages = sorted(tmp_path.rglob("*.html"))
     assert {"index.html", "method.html", "api.html"} <= {page.name for page in pages}
+    for name in ("index.html", "method.html", "loss.html", "numerics.html"):
+        html = (tmp_path / name).read_text()
+        assert '<div class="math"' in html, name
+        assert not re.search(r"<code[^>]*>[^<]*\\(log|kappa|frac)|\$\\", html), name  # a formula that stayed TeX
     for page in pages:
         html = page.read_text()
         loaded = re.findall(r'<(?:script|img|iframe|source)[^>]* src="?(https?:[^" >]+)', html)
@@ -29,12 +36,29 @@ def test_the_site_builds_strictly_and_needs_no_network(tmp_path: Path) -> None:
         assert not loaded, page
 
 
+def test_formulas_become_mathml() -> None:
+    element = mathml.mathml(r"\log C_p(\lVert w_k \rVert / \tau)")
+    assert element.startswith("<math ")
+    text = "".join(ElementTree.fromstring(element).itertext())
+    assert text == "logCp(‖wk‖/τ)"
+
+
+@pytest.mark.parametrize(
+    ("tex", "message"), [(r"\kapa", r"command that is not understood: \\kapa"), ("x_", "not understood")]
+)
+def test_a_formula_with_an_error_stops_the_build(tex: str, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        mathml.mathml(tex)
+
+
 def test_the_reference_has_every_public_name() -> None:
     listed = set(re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
     public = {f"vmf_heads.{name}" for name in vmf_heads.__all__}
     # DINOHead is VMFPrototypeHead and stands on the page as a sentence.
-    for path in sorted((ROOT / "src/vmf_heads/compat").glob("[a-z]*.py")):
-        module = importlib.import_module(f"vmf_heads.compat.{path.stem}")
+    for found in pkgutil.iter_modules(vmf_heads.compat.__path__):
+        if found.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"vmf_heads.compat.{found.name}")
         public |= {f"{module.__name__}.{name}" for name in module.__all__}
     assert public - {"vmf_heads.compat.dino.DINOHead"} <= listed
     assert "`vmf_heads.compat.dino.DINOHead` is `VMFPrototypeHead`" in (ROOT / "docs/api.md").read_text()

@@ -75,7 +75,7 @@ def test_absolute_value_adds_only_the_rounding_of_the_constant(p, dtype):
 
 # torch's own: its compiler imports modules that still script.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("how", ["fused", "compiled"])
+@pytest.mark.parametrize("how", ["own kernel", "in a compiled region"])
 @pytest.mark.parametrize(
     ("p", "dtype"),
     [
@@ -86,11 +86,12 @@ def test_absolute_value_adds_only_the_rounding_of_the_constant(p, dtype):
 )
 def test_one_kernel_is_as_accurate(p, dtype, how):
     def value_and_resultant(kappa: Tensor) -> tuple[Tensor, Tensor]:
-        fused = True if how == "fused" else None
-        return log_vmf_normalizer(kappa, p, relative=True, fused=fused), vmf_mean_resultant(kappa, p, fused=fused)
+        options = {"compiled": True if how == "own kernel" else None}
+        return log_vmf_normalizer(kappa, p, relative=True, **options), vmf_mean_resultant(kappa, p, **options)
 
     truth = TRUTH[p]
-    function = torch.compile(value_and_resultant, fullgraph=True) if how == "compiled" else value_and_resultant
+    in_a_region = how == "in a compiled region"
+    function = torch.compile(value_and_resultant, fullgraph=True) if in_a_region else value_and_resultant
     kappa = torch.tensor(truth.kappa, dtype=dtype, requires_grad=True)
     value, resultant = function(kappa)
     (gradient,) = torch.autograd.grad(value.sum(), kappa)

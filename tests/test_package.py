@@ -25,7 +25,7 @@ HeadOutput(features, directions, scales)
 ProbabilityCentering(num_prototypes, momentum=0.9, *, center_on='scores', process_group=None)
 VMFPrototypeHead(in_dim, out_dim=65536, use_bn=False, norm_last_layer=False, nlayers=3, hidden_dim=2048, \
 bottleneck_dim=256, *, mlp_bias=True, temperature=0.1, normalizer='vmf', output='logits', logits_dtype=None)
-log_vmf_normalizer(kappa, p, *, relative=False, fused=None)
+log_vmf_normalizer(kappa, p, *, relative=False, compiled=None)
 prototype_cross_entropy(student_features, student_prototypes, teacher_features, teacher_prototypes, *, \
 student_temperature, teacher_temperature, student_scale=None, teacher_scale=None, student_log_normalizer=None, \
 teacher_log_normalizer=None, log_center=None, targets=None, weights=None, center_on='scores', reduction='sum', \
@@ -33,7 +33,7 @@ chunk_rows=None, compiled=False)
 prototype_report(prototypes, features=None, *, scores=None, temperature=None, log_normalizer=None, log_center=None, \
 thresholds=(0.9,), void_threshold=0.9)
 set_temperature(module, temperature)
-vmf_mean_resultant(kappa, p, *, fused=None)
+vmf_mean_resultant(kappa, p, *, compiled=None)
 """
 DINO_SIGNATURES = """
 DINOHead(in_dim, out_dim=65536, use_bn=False, norm_last_layer=False, nlayers=3, hidden_dim=2048, \
@@ -61,7 +61,7 @@ def test_version():
 # From the bottom up: a module imports from rows above its own, or from its own in the order given.
 LAYERS = [
     ["_checks", "_debye", "_distributed", "_epilogues", "_matmul", "_weight_norm", "_duplicates", "_findings"],
-    ["_expansion", "_fused", "special"],
+    ["_expansion", "_compiled", "special"],
     ["_prototypes", "head", "centering"],
     ["_chunked", "cross_entropy", "report"],
     ["", "compat", "compat._attach", "compat._sinkhorn", "compat._temperature", "compat.convert"],

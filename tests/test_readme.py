@@ -35,10 +35,14 @@ def test_python_runs_and_prints_what_it_says(page: Path) -> None:
         assert printed.getvalue().splitlines() == promised_output(code)
 
 
-def test_the_readme_has_running_code_by_line_20() -> None:
-    lines = (ROOT / "README.md").read_text().splitlines()[:20]
-    assert "```diff" in lines
+def test_the_first_screen_of_the_readme() -> None:
+    """What it is, one formula, one figure, one number with its command, the installation and the lines to change."""
+    lines = (ROOT / "README.md").read_text().splitlines()[:35]
+    assert {"```math", "```diff"} <= set(lines)
     assert "+    dino_loss.attach(student, teacher)  # once both are built and wrapped" in lines
+    screen = "\n".join(lines)
+    for part in ("![", "python -m benchmarks loss", "pip install ."):
+        assert part in screen, part
 
 
 def test_the_readme_shows_the_result_of_the_demo() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import vmf_reference
 from devices import DEVICES
-from vmf_heads import _fused, log_vmf_normalizer, vmf_mean_resultant
+from vmf_heads import _compiled, log_vmf_normalizer, vmf_mean_resultant
+from vmf_heads._expansion import horner
 
 FUNCTIONS = [log_vmf_normalizer, vmf_mean_resultant]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -17,8 +18,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 @pytest.fixture
 def fresh_kernels(monkeypatch):
     """No kernel and no warning of an earlier test; those of this one are forgotten with it."""
-    monkeypatch.setattr(_fused, "_warned", False)
-    monkeypatch.setattr(_fused, "_kernel", cache(_fused._kernel.__wrapped__))
+    monkeypatch.setattr(_compiled, "_warned", False)
+    monkeypatch.setattr(_compiled, "_kernel", cache(_compiled._kernel.__wrapped__))
 
 
 @pytest.mark.parametrize("p", [2, 3, 64, 256])
@@ -31,15 +32,15 @@ def test_equals_the_formula_of_the_docstring(p):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_half_precision_is_computed_in_float32_and_rounded_once(function, dtype, fused, device):
+def test_half_precision_is_computed_in_float32_and_rounded_once(function, dtype, compiled, device):
     kappa = torch.tensor([0.0, 0.5, 10.0, 100.0, 700.0], dtype=dtype, device=device)
     wide = kappa if dtype == torch.float64 else kappa.float()
-    got = function(kappa, 256, fused=fused)
+    got = function(kappa, 256, compiled=compiled)
     assert got.dtype == dtype
-    torch.testing.assert_close(got, function(wide, 256, fused=fused).to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(got, function(wide, 256, compiled=compiled).to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,9 +55,9 @@ def test_stays_float32_under_autocast(function, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_any_shape_and_layout(function, fused, device):
+def test_any_shape_and_layout(function, compiled, device):
     base = torch.linspace(0, 90, 60, device=device).reshape(3, 4, 5)
     layouts = {
         "0-dim": base[2, 3, 4],
@@ -68,18 +69,19 @@ def test_any_shape_and_layout(function, fused, device):
         "parameter": torch.nn.Parameter(base),
     }
     for name, kappa in layouts.items():
-        got = function(kappa, 64, fused=fused)
+        got = function(kappa, 64, compiled=compiled)
         assert got.shape == kappa.shape, name
-        one_by_one = [function(value, 64, fused=False) for value in kappa.detach().flatten()]
+        one_by_one = [function(value, 64, compiled=False) for value in kappa.detach().flatten()]
         want = torch.stack(one_by_one).reshape(kappa.shape) if one_by_one else torch.empty_like(kappa)
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=0, msg=name)
+        # log C_64 falls from 40 through 0: there a rounding of its terms is no small part of it.
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("compiled", [None, True])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_meta_tensors_have_shape_and_dtype(function, fused):
+def test_meta_tensors_have_shape_and_dtype(function, compiled):
     kappa = torch.empty(3, 2, device="meta", dtype=torch.float16)
-    got = function(kappa, 256, fused=fused)
+    got = function(kappa, 256, compiled=compiled)
     assert (got.device.type, got.shape, got.dtype) == ("meta", (3, 2), torch.float16)
 
 
@@ -107,8 +109,8 @@ def broken_compile(*args, **kwargs):
 
 @pytest.fixture
 def where_compiling_fails(fresh_kernels, monkeypatch):
-    """A machine whose tensors are on a GPU, to fused=None, but where no kernel can be built."""
-    monkeypatch.setattr(_fused.torch, "compile", broken_compile)
+    """A machine whose tensors are on a GPU, to compiled=None, but where no kernel can be built."""
+    monkeypatch.setattr(_compiled.torch, "compile", broken_compile)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
 
 
@@ -120,16 +122,16 @@ def test_falls_back_to_plain_operations_with_one_warning():
     assert len(record) == 1
     (gradient,) = torch.autograd.grad(value.sum(), kappa)  # a second warning would be an error here
     resultant = vmf_mean_resultant(kappa, 256)
-    torch.testing.assert_close(value, log_vmf_normalizer(kappa, 256, fused=False), rtol=0, atol=0)
+    torch.testing.assert_close(value, log_vmf_normalizer(kappa, 256, compiled=False), rtol=0, atol=0)
     torch.testing.assert_close(-gradient, resultant, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("where_compiling_fails")
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_fused_true_raises_instead(function):
-    with pytest.raises(RuntimeError, match=r"`fused` \(=True\) needs torch.compile to work on this machine"):
-        function(torch.ones(3), 256, fused=True)
-    assert function(torch.ones(3), 256, fused=False).isfinite().all()
+def test_compiled_true_raises_instead(function):
+    with pytest.raises(RuntimeError, match=r"`compiled` \(=True\) needs torch.compile to work on this machine"):
+        function(torch.ones(3), 256, compiled=True)
+    assert function(torch.ones(3), 256, compiled=False).isfinite().all()
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ def compiled_graphs(fresh_kernels, monkeypatch):
         return graph.forward
 
     compile_ = torch.compile
-    monkeypatch.setattr(_fused.torch, "compile", lambda f, **options: compile_(f, **options, backend=backend))
+    monkeypatch.setattr(_compiled.torch, "compile", lambda f, **options: compile_(f, **options, backend=backend))
     return graphs
 
 
@@ -150,8 +152,8 @@ def compiled_graphs(fresh_kernels, monkeypatch):
 def test_one_kernel_serves_every_shape_and_stride(compiled_graphs, device):
     for shape in [(2,), (3,), (17,), (4, 5), (2, 3, 4), (65,)]:
         kappa: Tensor = torch.rand(shape, device=device)
-        log_vmf_normalizer(kappa, 256, fused=True)
-        log_vmf_normalizer(kappa.t() if kappa.dim() == 2 else kappa[::2], 256, fused=True)
+        log_vmf_normalizer(kappa, 256, compiled=True)
+        log_vmf_normalizer(kappa.t() if kappa.dim() == 2 else kappa[::2], 256, compiled=True)
     assert len(compiled_graphs) == 1
 
 
@@ -161,6 +163,14 @@ def test_thirty_dimensions_in_one_process(compiled_graphs, device):
     """One kernel each: torch.compile itself stops after 8 values of an argument and goes on uncompiled."""
     kappa = torch.linspace(0, 50, 7, device=device)
     for p in [*range(256, 286), *range(256, 286)]:
-        got = log_vmf_normalizer(kappa, p, relative=True, fused=True)
-        torch.testing.assert_close(got, log_vmf_normalizer(kappa, p, relative=True, fused=False))
+        got = log_vmf_normalizer(kappa, p, relative=True, compiled=True)
+        torch.testing.assert_close(got, log_vmf_normalizer(kappa, p, relative=True, compiled=False))
     assert len(compiled_graphs) == 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_horner(dtype):
+    x = torch.tensor([0.0, 1.0, -2.0], dtype=dtype)
+    got = horner((1.0, -3.0, 0.5), x)
+    assert got.dtype == dtype
+    assert got.tolist() == [1.0, -1.5, 9.0]

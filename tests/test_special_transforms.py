@@ -69,35 +69,35 @@ SECOND = {
 }
 # p = 6 has the branch of the second derivative for large kappa.
 # One dimension with compiled kernels is enough: what differs between dimensions is in test_normalizer_accuracy.py.
-eager_and_fused = pytest.mark.parametrize(("p", "fused"), [(6, False), (256, False), (256, True)])
+eager_and_compiled = pytest.mark.parametrize(("p", "compiled"), [(6, False), (256, False), (256, True)])
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
 @on_devices
-@eager_and_fused
+@eager_and_compiled
 @pytest.mark.parametrize("transform", FIRST)
-def test_first_derivatives(transform, p, fused, device):
+def test_first_derivatives(transform, p, compiled, device):
     resultant, slope = exact(p)
     k = concentrations(device)
-    of_value = FIRST[transform](lambda x: log_vmf_normalizer(x, p, fused=fused), k)
-    of_resultant = FIRST[transform](lambda x: vmf_mean_resultant(x, p, fused=fused), k)
+    of_value = FIRST[transform](lambda x: log_vmf_normalizer(x, p, compiled=compiled), k)
+    of_resultant = FIRST[transform](lambda x: vmf_mean_resultant(x, p, compiled=compiled), k)
     torch.testing.assert_close(-of_value.cpu(), resultant, **TOLERANCE)
     torch.testing.assert_close(of_resultant.cpu(), slope, **TOLERANCE)
 
 
 @on_devices
-@eager_and_fused
+@eager_and_compiled
 @pytest.mark.parametrize("transform", SECOND)
-def test_second_derivatives(transform, p, fused, device):
-    got = SECOND[transform](lambda x: log_vmf_normalizer(x, p, fused=fused), concentrations(device))
+def test_second_derivatives(transform, p, compiled, device):
+    got = SECOND[transform](lambda x: log_vmf_normalizer(x, p, compiled=compiled), concentrations(device))
     torch.testing.assert_close(-got.cpu(), exact(p)[1], **TOLERANCE)
 
 
 @on_devices
-@pytest.mark.parametrize("fused", [False, True])
-def test_vmap_over_rows(fused, device):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_vmap_over_rows(compiled, device):
     k = concentrations(device).detach().expand(3, -1)
-    got = vmap(lambda row: vmf_mean_resultant(row, 256, fused=fused))(k)
+    got = vmap(lambda row: vmf_mean_resultant(row, 256, compiled=compiled))(k)
     torch.testing.assert_close(got.cpu(), exact(256)[0].expand(3, -1), **TOLERANCE)
 
 
@@ -117,12 +117,12 @@ COMPILED = {
 
 
 @on_devices
-@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("compiled", [None, True])
 @pytest.mark.parametrize("transform", COMPILED)
-def test_transforms_inside_a_compiled_region(transform, fused, device):
+def test_transforms_inside_a_compiled_region(transform, compiled, device):
     function, order = COMPILED[transform]
-    compiled = traced(lambda k: function(lambda x: log_vmf_normalizer(x, 256, fused=fused), k))
-    torch.testing.assert_close(-compiled(concentrations(device)).cpu(), exact(256)[order], **TOLERANCE)
+    region = traced(lambda k: function(lambda x: log_vmf_normalizer(x, 256, compiled=compiled), k))
+    torch.testing.assert_close(-region(concentrations(device)).cpu(), exact(256)[order], **TOLERANCE)
 
 
 @on_devices
@@ -143,9 +143,9 @@ def test_backward_through_a_compiled_region(p, device):
 
 def test_double_backward_from_outside_a_compiled_region_is_refused_by_torch():
     """A loud error, not a wrong number; its wording depends on whether buffers were donated."""
-    compiled = traced(lambda k: log_vmf_normalizer(k, 256))
+    region = traced(lambda k: log_vmf_normalizer(k, 256))
     k = concentrations("cpu")
-    value = compiled(k).sum()
+    value = region(k).sum()
     with pytest.raises(RuntimeError, match=r"create_graph=False|does not currently support double backward"):
         torch.autograd.grad(torch.autograd.grad(value, k, create_graph=True)[0].sum(), k)
 
@@ -158,9 +158,9 @@ def test_no_recompilation_per_batch_size(device):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda k: log_vmf_normalizer(k, 256), fullgraph=True, backend=backend)
+    region = torch.compile(lambda k: log_vmf_normalizer(k, 256), fullgraph=True, backend=backend)
     for rows in (5, 7, 9, 33, 1000):
-        compiled(torch.rand(rows, device=device))
+        region(torch.rand(rows, device=device))
     assert len(graphs) == 2  # the first size, then any size
 
 

@@ -1,5 +1,6 @@
-"""The tables of docs/loss.md, made from the result file."""
+"""The tables of docs/loss.md and the headline of the README, made from the result file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,53 @@ def update_docs() -> None:
 
 
 def rendered(text: str) -> str:
-    """`text` with what stands between `<!-- table: costs -->` and `<!-- end -->` made anew."""
+    """`text` with every `<!-- table: NAME -->` ... `<!-- end -->` filled; KeyError for an unknown NAME."""
     result = results.latest("loss")
-    before, _, rest = text.partition("<!-- table: costs -->")
     versions = ", ".join(
         f"{name} {version}" for name, version in (result["versions"] | result.get("peers", {})).items()
     )
     provenance = f"*{result['device']}, {result['threads']} threads, {result['date']}; {versions}.*"
-    table = f"{size_tables(result['rows'])}\n\n{provenance}"
-    return f"{before}<!-- table: costs -->\n\n{table}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    tables = {
+        "ratios": f"{ratio_table(result['rows'])}\n\n{provenance}",
+        "costs": size_tables(result["rows"]),
+    }
+    pieces = text.split("<!-- table: ")
+    for i, piece in enumerate(pieces[1:], start=1):
+        name, _, rest = piece.partition(" -->")
+        pieces[i] = f"{name} -->\n\n{tables[name]}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return "<!-- table: ".join(pieces)
+
+
+def headline() -> str:
+    """What the README and docs/loss.md say first: the range of both ratios over the sizes with DINO's K."""
+    pairs = [
+        (fused["step_s"] / plain["step_s"], fused["extra_bytes"] / plain["extra_bytes"])
+        for size, fused, plain, _ in _fused_rows(results.latest("loss")["rows"])
+        if size.endswith("K = 65,536")
+    ]
+    time, memory = zip(*pairs, strict=True)
+    return (
+        f"{min(time):.2f} to {max(time):.2f} of the time and {min(memory):.2f} to {max(memory):.2f} of the extra memory"
+    )
+
+
+def ratio_table(rows: Rows) -> str:
+    """The fused loss beside plain DINO and beside its own products, one line per size, from the head's parameters."""
+    lines = [
+        "| crops × images, K | time, to plain DINO's | extra memory, to plain DINO's | time, to its products' |",
+        "|" + " --- |" * 4,
+    ]
+    for size, fused, plain, floor in _fused_rows(rows):
+        time, memory = fused["step_s"] / plain["step_s"], fused["extra_bytes"] / plain["extra_bytes"]
+        lines.append(f"| {size} | {time:.2f} | {memory:.2f} | {fused['step_s'] / floor['step_s']:.2f} |")
+    return "\n".join(lines)
+
+
+def _fused_rows(rows: Rows) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """(size, the fused loss, plain DINO, the products alone) for each size, from the head's parameters."""
+    for size in dict.fromkeys(row["size"] for row in rows):
+        own = {row["contender"]: row for row in rows if row["size"] == size and row["start"] == STARTS[True]}
+        yield size, own[contenders.FUSED], own[contenders.PLAIN], own[contenders.PRODUCTS]
 
 
 def size_tables(rows: Rows) -> str:

@@ -10,7 +10,7 @@ from benchmarks.normalizer.peers import available, mpmath_besseli
 from benchmarks.normalizer.truth import Exact, Truth, load_truth
 from vmf_heads import log_vmf_normalizer, vmf_mean_resultant
 
-OURS, OURS_FUSED = "vmf_heads", "vmf_heads, compiled"
+OURS, OURS_COMPILED = "vmf_heads", "vmf_heads, compiled"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 QUICK = (3, 64, 256, 4096)
 COMPILED = (64, 256, 1024)  # building a kernel takes seconds
@@ -24,9 +24,9 @@ def measure(device: str, *, quick: bool) -> list[dict[str, Any]]:
     for p, truth in tqdm(table.items(), desc="accuracy"):
         for name, dtype in DTYPES.items():
             kappa = truth.kappa.astype(name)
-            rows.append(_row(OURS, truth, *_ours(kappa, dtype, p, device, fused=False)))
+            rows.append(_row(OURS, truth, *_ours(kappa, dtype, p, device, compiled=False)))
             if p in COMPILED and not quick:
-                rows.append(_row(OURS_FUSED, truth, *_ours(kappa, dtype, p, device, fused=True)))
+                rows.append(_row(OURS_COMPILED, truth, *_ours(kappa, dtype, p, device, compiled=True)))
             for method, function in available().items():
                 rows.append(_row(method, truth, *relative(truth, *function(kappa, p)), None))
         if p in PLAIN_MPMATH and not quick:
@@ -37,12 +37,12 @@ def measure(device: str, *, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _ours(kappa: np.ndarray, dtype: torch.dtype, p: int, device: str, *, fused: bool) -> tuple[np.ndarray, ...]:
+def _ours(kappa: np.ndarray, dtype: torch.dtype, p: int, device: str, *, compiled: bool) -> tuple[np.ndarray, ...]:
     """D, A and A', the last two by the derivatives that training uses."""
     x = torch.from_numpy(kappa).to(device).requires_grad_()
-    value = log_vmf_normalizer(x, p, relative=True, fused=fused)
+    value = log_vmf_normalizer(x, p, relative=True, compiled=compiled)
     (gradient,) = torch.autograd.grad(value.sum(), x)
-    (slope,) = torch.autograd.grad(vmf_mean_resultant(x, p, fused=fused).sum(), x)
+    (slope,) = torch.autograd.grad(vmf_mean_resultant(x, p, compiled=compiled).sum(), x)
     return tuple(tensor.detach().cpu().numpy() for tensor in (value, -gradient, slope))
 
 

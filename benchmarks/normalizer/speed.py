@@ -46,17 +46,17 @@ def measure(device: str, *, quick: bool) -> list[dict[str, Any]]:
 def _torch_contenders(x: Tensor) -> dict[tuple[str, str], Call]:
     leaf = x.clone().requires_grad_()
 
-    def both(kappa: Tensor) -> tuple[Tensor, Tensor]:
-        return log_vmf_normalizer(kappa, DIMENSION, fused=False), vmf_mean_resultant(kappa, DIMENSION, fused=False)
-
     def value(kappa: Tensor) -> Tensor:
-        return log_vmf_normalizer(kappa, DIMENSION, fused=False)
+        return log_vmf_normalizer(kappa, DIMENSION, compiled=False)
+
+    def both(kappa: Tensor) -> tuple[Tensor, Tensor]:
+        return value(kappa), vmf_mean_resultant(kappa, DIMENSION, compiled=False)
 
     def gradient(function: Callable[[Tensor], Tensor]) -> object:
         return torch.autograd.grad(function(leaf).sum(), leaf)
 
     compiled_both, compiled_value = torch.compile(both, fullgraph=True), torch.compile(value, fullgraph=True)
-    own_kernel = partial(log_vmf_normalizer, p=DIMENSION, fused=True)
+    own_kernel = partial(log_vmf_normalizer, p=DIMENSION, compiled=True)
     literal = partial(paper_log_c, p=DIMENSION)
     return {
         ("vmf_heads, eager", "value"): partial(value, x),
@@ -65,8 +65,8 @@ def _torch_contenders(x: Tensor) -> dict[tuple[str, str], Call]:
         ("vmf_heads, compiled", "value"): partial(compiled_value, x),
         ("vmf_heads, compiled", "value and A"): partial(compiled_both, x),
         ("vmf_heads, compiled", "value and gradient"): partial(gradient, compiled_value),
-        ("vmf_heads, fused=True", "value"): partial(own_kernel, x),
-        ("vmf_heads, fused=True", "value and gradient"): partial(gradient, own_kernel),
+        ("vmf_heads, compiled=True", "value"): partial(own_kernel, x),
+        ("vmf_heads, compiled=True", "value and gradient"): partial(gradient, own_kernel),
         ("DINO-vMF paper, U_0, eager", "value"): partial(literal, x),
         ("DINO-vMF paper, U_0, eager", "value and gradient"): partial(gradient, literal),
         ("torch.log (for scale)", "value"): partial(torch.log, x),

@@ -20,9 +20,9 @@ from typing import Literal
 
 import tyro
 
-from config import load_recipe
-from lanes import Job, JobFailed, run_lanes
-from results import read_rows
+from config.recipe import load_recipe
+from reporting.demo_table import read_rows
+from runtime.lanes import Job, JobFailed, run_lanes
 
 SCRIPTS = Path(__file__).parent
 NORMALIZATIONS = {"none": "None", "l2": "L2", "vmf": "vMF"}

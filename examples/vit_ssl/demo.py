@@ -21,24 +21,40 @@ from typing import Any
 
 import tyro
 
-from config import Recipe, load_recipe
-from data import load_images
-from lanes import Job, JobFailed, last_row, run_lanes
-from results import MODELS, RUNS, compare_knn, format_table, make_table, read_rows, sentence
+from config.recipe import Recipe, load_recipe
+from data.images import load_images
+from reporting.demo_table import (
+    MODELS,
+    RUNS,
+    compare_knn,
+    format_table,
+    make_table,
+    read_rows,
+    sentence,
+    table_protocols,
+)
+from runtime.lanes import Job, JobFailed, last_row, run_lanes
 
 SCRIPTS = Path(__file__).parent
 
 
-def main(output: Path = Path("runs/demo"), max_steps: int | None = None) -> None:
+def main(output: Path = Path("runs/demo"), max_steps: int | None = None, redraw: bool = False) -> None:
     """Pretrain, evaluate on the test split, print one table, write results.json and report.html.
 
     Args:
         output: directory of the demo; one that was interrupted is continued, a finished one is left as it is.
         max_steps: stop each pretraining after this many steps, to try the whole path in less time.
+        redraw: draw the report of a finished demo again.
     """
     began = time.monotonic()
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"`max_steps` (={max_steps}) must be at least 1")
+    if redraw:
+        if not (output / "results.json").exists():
+            raise FileNotFoundError(f"`output` (={str(output)!r}) must be the directory of a finished demo")
+        draw(output, json.loads((output / "results.json").read_text()))
+        announce(output)
+        return
     recipes = {run: load_recipe(run) for run in RUNS.values()}
     claim(output, recipes, max_steps)
     if (output / "results.json").exists():
@@ -56,12 +72,8 @@ def main(output: Path = Path("runs/demo"), max_steps: int | None = None) -> None
         print(f"Stopped. The same command continues it: python {' '.join(sys.argv)}", file=sys.stderr)
         raise
 
-    from report import write_report  # here, because transformers takes seconds to import
-
     results = collect(output, recipes, max_steps)
-    print("Drawing the report", flush=True)
-    with (output / "log.txt").open("w") as log, contextlib.redirect_stderr(log):  # progress bars of a second or two
-        write_report(output, results)
+    draw(output, results)
     results["seconds"] = round(time.monotonic() - began, 1)
     # Last, and in one step: a demo is finished when results.json is there.
     partial = output / "results.json.partial"
@@ -114,10 +126,10 @@ def jobs(output: Path, run: str, recipe: Recipe, max_steps: int | None) -> list[
 
 
 def evaluated(directory: Path, features: str) -> bool:
-    """Whether the last protocol of `evaluate.py all` has its rows."""
+    """Whether `evaluate.py all` has written everything that the table takes from these features of a run."""
     path = directory / "results.jsonl"
-    last = "prototypes" if features == "teacher" else "fewshot"
-    return path.exists() and any(row["features"] == features and row["protocol"] == last for row in read_rows(path))
+    found = {row["protocol"] for row in read_rows(path) if row["features"] == features} if path.exists() else set()
+    return found >= table_protocols(features)
 
 
 def collect(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> dict[str, Any]:
@@ -141,6 +153,15 @@ def collect(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> 
         "knn_comparisons": compare_knn(output, labels),
         "evaluations": {run: read_rows(output / run / "results.jsonl") for run in recipes},
     }
+
+
+def draw(output: Path, results: dict[str, Any]) -> None:
+    """Write OUTPUT/report.html."""
+    from reporting.demo_report import write_report  # here, because transformers takes seconds to import
+
+    print("Drawing the report", flush=True)
+    with (output / "log.txt").open("w") as log, contextlib.redirect_stderr(log):  # progress bars of a second or two
+        write_report(output, results)
 
 
 def cpu_name() -> str:

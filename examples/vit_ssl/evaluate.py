@@ -2,7 +2,8 @@
 
 X is a run of pretrain.py, a folder or hub name that transformers' AutoModel opens, or an original .pth file of DINO,
 iBOT or MSN. Under torchrun all processes share the work. `evaluate.py PROTOCOL --help` lists a protocol's settings;
-`evaluate.py all` runs what the checkpoint and the data allow and writes evaluation.html and evaluation.md.
+`evaluate.py all` runs what the checkpoint and the data allow and writes evaluation.html and evaluation.md;
+`evaluate.py page OUTPUT` writes these two again from the rows of any number of evaluations in OUTPUT/results.jsonl.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Annotated, Any
 import tyro
 from transformers.utils import logging as transformers_logging
 
-from distributed import is_main, process_group
-from evaluation_rows import Row, append_rows, make_rows, print_table, read_results, save_predictions
 from evaluators.protocol import Evaluation, NotApplicable
 from evaluators.registry import PROTOCOLS
 from evaluators.request import Request, open_evaluation
-from paper_rows import check_paper_row
+from reporting.paper_rows import check_paper_row
+from reporting.rows import Row, append_rows, make_rows, print_table, read_results, save_predictions
+from runtime.distributed import is_main, process_group
+from runtime.ending import sound_ending
 
 PAPER_ROW = (
     "Model of the paper's tables to compare with, like 'ViT-S/16 DINO-vMF'; by default the one of the run's recipe."
@@ -73,7 +75,7 @@ def evaluate_all(
     if is_main():
         print_table(rows)
     if is_main() and request.features == "teacher":
-        from evaluation_page import write_page  # here, because single protocols draw nothing
+        from reporting.evaluation_page import write_page  # here, because single protocols draw nothing
 
         page = write_page(
             evaluation.output,
@@ -103,16 +105,33 @@ def run_protocol(name: str, evaluation: Evaluation, options: Any, request: Reque
     if is_main():
         append_rows(evaluation.output, rows)
         save_predictions(evaluation.output, name, request.features, split, metrics)
+        if name == "prototypes":
+            from reporting.prototype_charts import draw_charts  # here, because the other protocols draw nothing
+
+            draw_charts(evaluation.output / "prototypes")
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: a sub-command for each protocol, and `all`."""
+    """The command line: a sub-command for each protocol, `all`, and `page`."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    commands = {name: _command(name) for name in PROTOCOLS} | {"all": _all_command()}
+    commands = {name: _command(name) for name in PROTOCOLS} | {"all": _all_command(), "page": _page}
     with process_group():
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
+
+
+def _page(output: Path, /, checkpoint: str | None = None, paper_row: str | None = None) -> None:
+    """Write the page of all results again, from OUTPUT/results.jsonl.
+
+    Args:
+        output: directory of the evaluations, which may be the run itself.
+        checkpoint: what was evaluated; by default that of the last row.
+        paper_row: the row of the paper's tables to compare with, such as "ViT-S/16 DINO-vMF".
+    """
+    from reporting.evaluation_page import write_page_again  # here, because single protocols draw nothing
+
+    print(write_page_again(output, checkpoint, paper_row))
 
 
 def _command(name: str) -> Callable[..., None]:
@@ -152,4 +171,5 @@ def _with_options(run: Callable[[Request, Any], None], options: type[Any]) -> Ca
 
 
 if __name__ == "__main__":
-    main()
+    with sound_ending():
+        main()

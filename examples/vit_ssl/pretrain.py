@@ -11,33 +11,31 @@ bit for bit the losses of an uninterrupted run.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 import yaml
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import RUN_FILES, load_checkpoint, load_run, save_checkpoint
-from collapse import CollapseDetector, TrainingCollapsed
-from config import Recipe, differences, load_recipe, save_recipe
-from distributed import barrier, device, is_main, process_group, world_size
-from interruption import postponed_signals
-from loading import load_steps, micro_batch_size, training_images
-from methods import build_method
-from metrics import MetricsLog, mean_statistics
-from optimization import parameter_groups
-from parallel import Strategy, parallelize
-from schedules import Schedules
-from training_state import restore_state, whole_state
-from training_step import check_statistics, seed_step, train_step
+from config.recipe import Recipe, load_recipe
+from data.loading import load_steps, micro_batch_size, training_images
+from methods.method import Batch, Method, Statistics
+from methods.registry import build_method
+from runtime.distributed import device, is_main, process_group, world_size
+from runtime.ending import sound_ending
+from training.collapse import CollapseDetector
+from training.ema import ema_update
+from training.optimization import clip_gradients, drop_last_layer_gradients, parameter_groups
+from training.parallel import Strategy, gradients_shared, parallelize
+from training.run import load_run
+from training.schedules import Schedules, StepValues
+from training.session import Session, refuse_to_overwrite, state_to_resume
+from training.step import check_statistics, seed_step, to_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,23 +94,22 @@ def main(options: Options) -> None:
 
 def train(recipe: Recipe, options: Options) -> None:
     """All steps that are left, and checkpoints on the way; SystemExit(128 + signal) when it is asked to stop."""
-    output, where = options.output, device()
-    state = resumable_state(output, recipe) if options.resume else None
-    if state is None and (found := [name for name in RUN_FILES if (output / name).exists()]):
-        raise FileExistsError(f"`output` (={str(output)!r}) already holds a run ({found[0]}): use another, or --resume")
+    state = None
+    if options.resume:
+        state = state_to_resume(options.output, recipe)
+    else:
+        refuse_to_overwrite(options.output)
+
+    # -------------------------------------------------------------------------------------------------- Images
     images = training_images(recipe, options.data, options.images_per_epoch)
-    if state is not None and state["images"] != len(images):
-        raise ValueError(f"`data` holds {len(images)} images, but the run in {output} began with {state['images']}")
     images_at_once = micro_batch_size(recipe, options.accumulate)
+    num_workers = recipe.num_workers if options.num_workers is None else options.num_workers
     steps_per_epoch = len(images) // recipe.batch_size
     last_step = min(recipe.epochs * steps_per_epoch, options.max_steps or sys.maxsize)
-    schedules = Schedules.of(recipe, steps_per_epoch)
-    bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and where.type == "cuda")
-    num_workers = recipe.num_workers if options.num_workers is None else options.num_workers
-    window = max(100, steps_per_epoch) if options.collapse_window is None else options.collapse_window
-    detector = CollapseDetector(recipe.out_dim, window, images_at_once)
 
-    method = build_method(recipe).to(where).train()
+    # ------------------------------------------------------------------------------- Student, teacher and loss
+    method = build_method(recipe).to(device()).train()
+    bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device().type == "cuda")
     parallelize(
         method,
         strategy=options.strategy,
@@ -121,90 +118,102 @@ def train(recipe: Recipe, options: Options) -> None:
         activation_checkpointing=options.activation_checkpointing,
     )
     method.attach()
-    groups = parameter_groups(method.student, decay_prototypes=recipe.decay_prototypes)
-    optimizer = torch.optim.AdamW(groups)
-    step, saved_step, seconds = 0, 0, 0.0
-    barrier()  # no process writes before all have found the output as it should be
 
-    def save() -> int:
-        whole = whole_state(method, optimizer)
-        if is_main():
-            progress = {"step": step, "epoch": step // steps_per_epoch, "seconds": seconds}
-            save_checkpoint(output, {"recipe": recipe, "images": len(images), **progress, **whole})
-        barrier()  # nobody leaves, which would stop the others, before the file is there
-        return step
+    # ------------------------------------------------------------------------------- Optimiser and schedules
+    optimizer = torch.optim.AdamW(parameter_groups(method.student, decay_prototypes=recipe.decay_prototypes))
+    schedules = Schedules.of(recipe, steps_per_epoch)
 
-    if state is not None:
-        restore_state(method, optimizer, state)
-        step, saved_step, seconds = state["step"], state["step"], state["seconds"]
-        del state
-    else:
-        if is_main():
-            output.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, output / "recipe.yaml")
-        save()
-
-    log = MetricsLog(output, step=step, curves=options.tensorboard) if is_main() else None
+    # ------------------------------------------------------------------ Checkpoints, log, progress and signals
+    window = max(100, steps_per_epoch) if options.collapse_window is None else options.collapse_window
+    detector = CollapseDetector(recipe.out_dim, window, images_at_once)
+    session = Session(
+        recipe,
+        options.output,
+        images=len(images),
+        last_step=last_step,
+        log_every=options.log_every,
+        tensorboard=options.tensorboard,
+    )
+    session.begin(method, optimizer, state)
+    del state
     if is_main():
         processes = f", {world_size()} processes, {options.strategy}" if world_size() > 1 else ""
-        print(f"{recipe.name}: {len(images)} images, {step} of {last_step} steps done, training on {where}{processes}")
-    bar = progress_bar(step * recipe.batch_size, last_step * recipe.batch_size)
-    signals = postponed_signals(ignore_repeats=world_size() > 1)
-    with bar, contextlib.closing(log) if log else contextlib.nullcontext(), signals as received:
-        while step < last_step:
-            epoch = step // steps_per_epoch
-            bar.set_description(f"{recipe.name} epoch {epoch + 1}/{recipe.epochs}", refresh=False)
-            first, end = step % steps_per_epoch, min(steps_per_epoch, last_step - epoch * steps_per_epoch)
-            stop = 0
-            tick = time.perf_counter()
+        done = f"{session.step} of {last_step} steps done"
+        print(f"{recipe.name}: {len(images)} images, {done}, training on {device()}{processes}")
+
+    # ------------------------------------------------------------------------------------------------ Training
+    with session:
+        while session.step < last_step:
+            epoch, first = divmod(session.step, steps_per_epoch)
+            end = min(steps_per_epoch, last_step - epoch * steps_per_epoch)
+            session.start_clock(epoch)
             for micro_batches in load_steps(
                 images, recipe, epoch, first, end, accumulate=options.accumulate, num_workers=num_workers
             ):
-                now = {name: float(schedule[step]) for name, schedule in vars(schedules).items()}
-                seed_step(recipe.seed, step)
+                now = schedules.at(session.step)
+                seed_step(recipe.seed, session.step)
                 found = train_step(method, optimizer, micro_batches, epoch, now, recipe, bfloat16)
-                statistics, stop = mean_statistics(found, signal=max(received, default=0))
-                step += 1
-                duration = time.perf_counter() - tick
-                tick += duration
-                seconds += duration
-                try:
+                statistics = session.count_step(found)
+                with session.errors_name_the_step():
                     check_statistics(statistics, recipe)
                     if epoch >= recipe.warmup_epochs:
                         detector.update(statistics)
-                except (FloatingPointError, TrainingCollapsed) as error:
-                    raise type(error)(
-                        f"step {step}: {error}. {output} keeps the checkpoint of step {saved_step}"
-                    ) from None
-                if log and (step % options.log_every == 0 or step == last_step):
-                    speed = {"images_per_second": recipe.batch_size / duration, "seconds": seconds}
-                    log.write({"step": step, "epoch": epoch, **now, **statistics, **speed})
-                bar.set_postfix(loss=f"{statistics['loss']:.3f}", refresh=False)
-                bar.update(recipe.batch_size)
-                if stop:
+                session.log_step({"epoch": epoch, **now._asdict(), **statistics})
+                if session.signal:
                     break
             due = (epoch + 1) % recipe.save_every == 0 and not detector.suspicious
-            if stop or step == last_step or due:
-                saved_step = save()
-            if stop:
-                bar.close()
-                if is_main():
-                    print(f"{signal.Signals(stop).name}: saved step {step} in {output}; continue with --resume")
-                sys.exit(128 + stop)
+            if session.signal or session.step == last_step or due:
+                session.save(method, optimizer)
+            if session.signal:
+                session.leave()
     if is_main():
-        print(f"{recipe.name}: {step} steps done")
+        print(f"{recipe.name}: {session.step} steps done")
 
 
-def progress_bar(done: int, images: int) -> tqdm:
-    """Images per second and the time that is left; on the main process alone."""
-    return tqdm(
-        total=images,
-        initial=done,
-        unit="img",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else 5,  # a log file keeps every line
-        disable=not is_main(),
-    )
+def train_step(
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    epoch: int,
+    now: StepValues,
+    recipe: Recipe,
+    bfloat16: bool,
+) -> list[Statistics]:
+    """One step of student, centre and teacher; the statistics of each micro-batch, as this process sees them."""
+    found: list[Statistics] = []
+
+    # ----------------------------------------------------------------------------------------------- Schedules
+    for group in optimizer.param_groups:
+        group["lr"] = now.lr
+        group["weight_decay"] = now.weight_decay if group["decayed"] else 0.0
+
+    # -------------------------------------------- Forward, loss, backward: gradients add up over micro-batches
+    optimizer.zero_grad(set_to_none=True)
+    for index, micro_batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1  # then processes exchange gradients, and the centre moves
+        batch = to_device(micro_batch)
+        with gradients_shared(method.student, last):
+            with torch.autocast(device().type, torch.bfloat16, enabled=bfloat16):
+                with torch.no_grad():
+                    teacher_output = method.forward_teacher(batch)
+                student_output = method.forward_student(batch, epoch)
+                loss, statistics = method.compute_loss(student_output, teacher_output, batch, epoch, commit=last)
+            (loss / len(micro_batches)).backward()
+        found.append({"loss": loss.detach(), **statistics})
+
+    # ---------------------------------------------------------------------------------------------------- Clip
+    grad_norm = clip_gradients(method.student, recipe.clip_grad, over=recipe.clip_grad_over)
+    if epoch < recipe.freeze_last_layer_epochs:
+        drop_last_layer_gradients(method.student)
+
+    # ---------------------------------------------------------------------------------------------------- Step
+    optimizer.step()
+
+    # ------------------------------------------------------------- The teacher follows, as a moving average (EMA)
+    ema_update(method.teacher, method.student, now.teacher_momentum)
+
+    of_step = method.center_statistics(epoch) | {"grad_norm": grad_norm}
+    return [statistics | of_step for statistics in found]
 
 
 def export(output: Path, push_to_hub: str | None = None) -> None:
@@ -229,13 +238,6 @@ def parse_overrides(options: Options) -> dict[str, Any]:
     return overrides
 
 
-def resumable_state(output: Path, recipe: Recipe) -> dict[str, Any]:
-    """The checkpoint in `output`; ValueError when it is of another recipe, naming the fields that differ."""
-    state = load_checkpoint(output)
-    if changed := differences(recipe, state["recipe"]):
-        raise ValueError(f"the run in {str(output)!r} has another recipe:\n  " + "\n  ".join(changed))
-    return state
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))
+    with sound_ending():
+        main(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))

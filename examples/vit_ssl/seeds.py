@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from config import Recipe, load_recipe
-from data import load_images
+from config.recipe import Recipe, load_recipe
+from data.images import load_images
 from demo import SCRIPTS, evaluated
-from lanes import Job, JobFailed, run_lanes
-from results import ACCURACIES, RUNS, paired_difference, read_rows
+from reporting.demo_table import ACCURACIES, RUNS, paired_difference, read_rows
+from runtime.lanes import Job, JobFailed, run_lanes
 
 RANDOM = "randomly initialised ViT"
 METHODS = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN"}

@@ -2,7 +2,8 @@
 
 from .centering import ProbabilityCentering
 from .cross_entropy import prototype_cross_entropy
-from .head import HeadOutput, VMFPrototypeHead, set_temperature
+from .head import VMFPrototypeHead, set_temperature
+from .prototypes import HeadOutput
 from .report import prototype_report
 from .special import log_vmf_normalizer, vmf_mean_resultant
 

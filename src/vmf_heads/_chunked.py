@@ -10,13 +10,14 @@ and a chunk of rows gives what the loss and every gradient need of it in a few p
     teacher rows: targets T, T W (p numbers a row instead of K) and T' Z, Z the weighted sum of the rows they target
 
 Crops that share a target share its products; the statistics for centring come from the same teacher logits.
-W may be given as directions and scales; then no product needs W itself (_weight_norm.py).
+W may be given as directions and scales; then no product needs W itself (`WeightNormed`). The functions at the end do
+the elementwise work between the products, from products to probabilities, in no memory but the given buffers.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,75 +25,53 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ._epilogues import Epilogues
-from ._fused import is_plain_eager
-from ._matmul import average, without_autocast
-from ._weight_norm import WeightNormed
+from ._compiled import is_plain_eager
+from ._matmul import average, mm_float32
+from ._memory import rows_per_block
+from .prototypes import HeadOutput
 
-# The logits of one chunk take at most so many bytes: enough rows to use the prototypes often each time they are read.
-_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
-
-Wanted = tuple[bool, bool, bool, bool]  # of the gradients of features, prototypes, scale and bias
+Wanted = tuple[bool, bool, bool, bool]  # of the gradients of features, directions, scales and bias
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Everything but the four tensors that carry gradients; names as in `prototype_cross_entropy`."""
+    """Everything in `prototype_cross_entropy` that carries no gradient."""
 
-    teacher_features: Tensor
-    teacher_prototypes: Tensor
-    teacher_scale: Tensor | None
-    statistics_bias: Tensor | None  # what the statistics' logits have on top of the raw scores: nothing or log C_p
-    target_bias: Tensor | None  # what the targets' have on top of those: log C_p - c or -c
-    student_temperature: float
+    teacher: HeadOutput
     teacher_temperature: float
-    targets: Tensor | None
+    student_temperature: float
+    statistics_bias: Tensor | None  # what the statistics' logits have on top of the raw scores: nothing or log C_p
+    target_bias: Tensor | None  # what the targets' logits have on top of those: log C_p - c or -c
+    teacher_rows: Tensor | None
     weights: Tensor | None
-    per_row: bool
-    chunk_rows: int | None
+    chunk_rows: int
     product_dtype: torch.dtype | None
-    epilogues: Epilogues
-
-    def tensors(self) -> list[Tensor]:
-        """All whose changes autograd can see: not those of inference mode. A compiled graph sees to that itself."""
-        if torch.compiler.is_compiling():
-            return []
-        values = (getattr(self, field.name) for field in fields(self))
-        return [x for x in values if isinstance(x, Tensor) and not x.is_inference()]
 
 
 class ChunkedCrossEntropy(Function):
-    """(loss, log_sum) of student features (Ns, p), prototypes (K, p), scale (K,) and bias (K,).
+    """(loss, log_sum) of student features (Ns, p), directions (K, p), scales (K,) and bias (K,).
 
-    `wanted` says which of their gradients.
+    `wanted` says which of their gradients to make, in the forward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, v: Tensor, scale: Tensor | None, b: Tensor | None, d: Distillation, wanted: Wanted
+        ctx: Any, y: Tensor, v: Tensor, scales: Tensor | None, b: Tensor | None, d: Distillation, wanted: Wanted
     ) -> tuple[Tensor, Tensor]:
-        ctx.distillation, ctx.wanted = d, wanted
-        now = (False, False, False, False) if d.per_row else wanted
-        losses, log_sum, gradients = _finish(y, v, scale, b, d, now)
-        # Per-row losses meet gradients of their own in the backward pass, which has to start again from the inputs. All
-        # are saved, so that autograd reports one that has changed in place until then.
-        ctx.save_for_backward(*((y, v, scale, b, *d.tensors()) if d.per_row else gradients))
-        ctx.mark_non_differentiable(log_sum)
-        return (losses if d.per_row else losses.sum()), log_sum
+        total = _Accumulator(y, v, wanted)
+        w = WeightNormed(v, scales, d.product_dtype)
+        teacher = WeightNormed(d.teacher.directions, d.teacher.scales, d.product_dtype)
+        loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, b, d, teacher, total).sum()
+        dv, dscales = (None, None) if total.dw is None else w.gradients_(total.dw, wanted[1:3])
+        ctx.save_for_backward(total.dy, dv, dscales, total.db)
+        ctx.mark_non_differentiable(total.log_sum)
+        return loss, total.log_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.distillation.per_row:
-            unscaled = _is_known_to_be_one(grad)  # spares a second (K, p) gradient
-            return *(g if g is None or unscaled else g * grad for g in ctx.saved_tensors), None, None
-        y, v, scale, b, *_ = ctx.saved_tensors
-        d = ctx.distillation
-        shape = (len(y), 1) if d.targets is None else d.targets.shape
-        weights = grad[:, None].expand(shape) if d.weights is None else d.weights * grad[:, None]
-        with without_autocast(grad.device):  # as in the forward pass
-            _, _, gradients = _finish(y, v, scale, b, replace(d, weights=weights), ctx.wanted)
-        return *gradients, None, None
+        unscaled = _is_known_to_be_one(grad)  # spares a second (K, p) gradient
+        return *(g if g is None or unscaled else g * grad for g in ctx.saved_tensors), None, None
 
 
 def _is_known_to_be_one(grad: Tensor) -> bool:
@@ -115,37 +94,77 @@ class _Accumulator:
         self.log_sum = v.new_full((len(v),), -torch.inf)
 
 
-def _finish(
-    y: Tensor, v: Tensor, scale: Tensor | None, b: Tensor | None, d: Distillation, wanted: Wanted
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """The losses (Ns,), log_sum (K,) and the gradients of the summed losses with respect to y, v, scale and b."""
-    total = _Accumulator(y, v, wanted)
-    w = WeightNormed(v, scale, d.product_dtype)
-    teacher = WeightNormed(d.teacher_prototypes, d.teacher_scale, d.product_dtype)
-    rows = d.chunk_rows or rows_in_budget(len(v), y.device)
-    losses = (_same_position if d.targets is None else _any_position)(y, w, b, d, teacher, total, rows)
-    dv, dscale = (None, None) if total.dw is None else w.gradients_(total.dw, wanted[1:3])
-    return losses, total.log_sum, (total.dy, dv, dscale, total.db)
+class WeightNormed:
+    """Prototypes w_k = scale_k v_k / ||v_k||, of directions v (K, p) and scales (K,), as an operand that is never made.
+
+    A product reads v itself. What w has on top of v is one factor per prototype, f_k = scale_k / ||v_k||, which goes to
+    the (rows, K) numbers of a chunk. So neither w nor its gradient, (K, p) each, exists. Without scales w is v. With a
+    half-precision `dtype` the operand is w rounded to it, (K, p) of two bytes each.
+    """
+
+    def __init__(self, v: Tensor, scales: Tensor | None, dtype: torch.dtype | None) -> None:
+        self.v, self.dtype = v, dtype
+        self.factor: Tensor | None = None
+        if scales is not None:
+            self._length = torch.linalg.vector_norm(v, dim=1)
+            self.factor = scales / self._length
+        self._operand = v
+        if dtype is not None:
+            rounded = torch.empty_like(v, dtype=dtype)
+            self._operand = rounded.copy_(v) if self.factor is None else torch.mul(v, self.factor[:, None], out=rounded)
+
+    @property
+    def late_factor(self) -> Tensor | None:
+        """The factor (K,) that the result of `products` still lacks."""
+        return self.factor if self.dtype is None else None
+
+    def products(self, y: Tensor, buffer: Tensor) -> Tensor:
+        """<y, w> (c, K) but for `late_factor`; in `buffer` unless the operands are in half precision."""
+        if self.dtype is None:
+            return torch.mm(y, self._operand.t(), out=buffer[: len(y)])
+        return mm_float32(y.to(self.dtype), self._operand.t())
+
+    def average_(self, p: Tensor) -> Tensor:
+        """p @ w (c, p) for p (c, K) in [-1, 1], which is overwritten."""
+        if self.dtype is not None:
+            return average(p, self._operand, self.dtype)
+        return (p if self.factor is None else p.mul_(self.factor)) @ self._operand
+
+    def gradients_(self, dw: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of v and of the scales, where `wanted`, from that of w: dw (K, p), which becomes that of v.
+
+        With u = v / ||v||: d/dscale = <u, dw> and d/dv = f (dw - <u, dw> u).
+        """
+        if self.factor is None:
+            return dw, None
+        along = torch.empty_like(self.factor)
+        rows = rows_per_block(dw.shape[1])
+        blocks = (x.split(rows) for x in (dw, self.v, self.factor, self._length, along))
+        for gradient, v, factor, length, result in zip(*blocks, strict=True):
+            torch.div(torch.linalg.vecdot(gradient, v), length, out=result)
+            if wanted[0]:
+                gradient.mul_(factor[:, None]).addcmul_(v, (factor * result / length)[:, None], value=-1)
+        return dw if wanted[0] else None, along if wanted[1] else None
 
 
 def _any_position(
-    y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator, rows: int
+    y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator
 ) -> Tensor:
-    """Six products per row: three of every student row, three of every teacher row."""
-    assert d.targets is not None
-    none = d.targets < 0
-    index = d.targets.clamp(min=0)
+    """The weighted losses (Ns,). Six products per row: three of every student row, three of every teacher row."""
+    assert d.teacher_rows is not None
+    none = d.teacher_rows < 0
+    index = d.teacher_rows.clamp(min=0)
     weights = (torch.ones_like(index, dtype=y.dtype) if d.weights is None else d.weights.to(y.dtype)).masked_fill(
         none, 0
     )
-    tau, nt = d.student_temperature, len(d.teacher_features)
+    tau, nt = d.student_temperature, len(d.teacher.features)
     row_weight = weights.sum(dim=1)  # (Ns,)
-    student_chunks, teacher_chunks = _chunks(len(y), rows), _chunks(nt, rows // 2)
+    student_chunks, teacher_chunks = _chunks(len(y), d.chunk_rows), _chunks(nt, d.chunk_rows // 2)
     buffer = _buffer(max(_most_rows(student_chunks), 2 * _most_rows(teacher_chunks)), w.v)
 
     losses = torch.empty_like(row_weight)
     for chunk in student_chunks:
-        p, log_sum = d.epilogues.predictions_(w.products(y[chunk] / tau, buffer), w.late_factor, b)
+        p, log_sum = _predictions_(w.products(y[chunk] / tau, buffer), w.late_factor, b)
         losses[chunk] = row_weight[chunk] * log_sum.squeeze(1)
         _add_gradients(total, chunk, p, y[chunk], w, row_weight[chunk], tau)
 
@@ -158,7 +177,7 @@ def _any_position(
     mean_prototype = torch.empty_like(target_features)  # T W
     mean_bias = y.new_zeros(nt)  # T b
     for chunk in teacher_chunks:
-        targets = _targets(d, teacher, chunk, total, *buffer.chunk(2))
+        targets = _teacher_targets(d, teacher, chunk, total, *buffer.chunk(2))
         if b is not None:
             mean_bias[chunk] = targets @ b
         if total.dw is not None:
@@ -176,18 +195,18 @@ def _any_position(
 
 
 def _same_position(
-    y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator, rows: int
+    y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator
 ) -> Tensor:
-    """Four products per row: two for the logits, and P - T once with the prototypes and once with the features."""
+    """The weighted losses (Ns,). Four products per row: two for the logits, and P - T with prototypes and features."""
     tau = d.student_temperature
     row_weight = y.new_ones(len(y)) if d.weights is None else d.weights[:, 0].to(y.dtype)
-    chunks = _chunks(len(y), rows // 3)
+    chunks = _chunks(len(y), d.chunk_rows // 3)
     first, second, third = _buffer(3 * _most_rows(chunks), w.v).chunk(3)
     losses = torch.empty_like(row_weight)
     for chunk in chunks:
-        targets = _targets(d, teacher, chunk, total, first, second)
+        targets = _teacher_targets(d, teacher, chunk, total, first, second)
         products = w.products(y[chunk] / tau, first)
-        difference, cross_entropy = d.epilogues.differences_(products, w.late_factor, b, targets, third[: len(targets)])
+        difference, cross_entropy = _differences_(products, w.late_factor, b, targets, third[: len(targets)])
         losses[chunk] = row_weight[chunk] * cross_entropy
         _add_gradients(total, chunk, difference, y[chunk], w, row_weight[chunk], tau)
     return losses
@@ -198,7 +217,7 @@ def _add_gradients(
 ) -> None:
     """Add what logit gradients weight_i p_ik of one chunk contribute; p (c, K) is overwritten.
 
-    The weights go to the narrow operands.
+    The weights scale the features (c, p) instead of the probabilities (c, K), of which there are more.
     """
     scale = weight[:, None] / tau
     if total.dw is not None:
@@ -209,15 +228,15 @@ def _add_gradients(
         total.dy[chunk] += scale * w.average_(p)
 
 
-def _targets(
+def _teacher_targets(
     d: Distillation, teacher: WeightNormed, chunk: slice, total: _Accumulator, scratch: Tensor, result: Tensor
 ) -> Tensor:
     """The teacher's probabilities (c, K), Eq. 7, in `result`; on the way, the chunk's share of the statistics."""
-    y = d.teacher_features[chunk]
+    y = d.teacher.features[chunk]
     products, result = teacher.products(y / d.teacher_temperature, scratch), result[: len(y)]
-    logits, log_sum = d.epilogues.statistics_(products, teacher.late_factor, d.statistics_bias, result)
+    logits, log_sum = _statistics_(products, teacher.late_factor, d.statistics_bias, result)
     total.log_sum = torch.logaddexp(total.log_sum, log_sum)
-    return d.epilogues.targets_(logits, d.target_bias, result)
+    return _targets_(logits, d.target_bias, result)
 
 
 def _add_average(total: Tensor, p: Tensor, x: Tensor, dtype: torch.dtype | None) -> None:
@@ -228,11 +247,6 @@ def _add_average(total: Tensor, p: Tensor, x: Tensor, dtype: torch.dtype | None)
     # Weighted features may be smaller than what float16 can hold.
     largest = torch.linalg.vector_norm(x, torch.inf).clamp(min=torch.finfo(x.dtype).tiny)
     total.add_(average(p, x / largest, dtype).mul_(largest))
-
-
-def rows_in_budget(columns: int, device: torch.device, buffers: int = 1) -> int:
-    """How many rows of float32 logits a chunk may have (at least 1), if so many buffers hold such rows."""
-    return max(1, _CHUNK_BYTES.get(device.type, 2**25) // (4 * columns * buffers))
 
 
 def _buffer(rows: int, v: Tensor) -> Tensor:
@@ -248,3 +262,47 @@ def _chunks(n: int, rows: int) -> list[slice]:
 
 def _most_rows(chunks: list[slice]) -> int:
     return chunks[0].stop if chunks else 0
+
+
+def _predictions_(products: Tensor, factor: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(softmax, logsumexp) of the logits products * factor + bias: (c, K), which overwrites `products`, and (c, 1)."""
+    logits = _affine_(products, factor, bias)
+    largest = logits.amax(dim=1, keepdim=True)
+    p = logits.sub_(largest).exp_()  # by hand, because a softmax would need memory of its own
+    total = p.sum(dim=1, keepdim=True)
+    return p.div_(total), largest + total.log()
+
+
+def _statistics_(
+    products: Tensor, factor: Tensor | None, bias: Tensor | None, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(logits, log_sum): (c, K), which overwrite `products`, and the log of their summed probabilities (K,)."""
+    logits = _affine_(products, factor, bias)
+    log_p = torch.log_softmax(logits, dim=1, out=scratch)
+    largest = log_p.amax(dim=0)  # a sum of probabilities would underflow where no row of the chunk chooses k
+    return logits, log_p.sub_(largest).exp_().sum(dim=0).log_().add_(largest)
+
+
+def _targets_(logits: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
+    """softmax(logits + bias) (c, K) in `result`; may overwrite `logits`."""
+    if bias is not None:
+        # Under torch.compile the addition is not in place: torch 2.13 generates wrong C++ for it, and it fuses anyway.
+        logits = logits + bias if torch.compiler.is_compiling() else logits.add_(bias)
+    return torch.softmax(logits, dim=1, out=result)
+
+
+def _differences_(
+    products: Tensor, factor: Tensor | None, bias: Tensor | None, targets: Tensor, result: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(softmax - targets, cross-entropy towards the targets) of the logits: (c, K) in `result` and (c,)."""
+    logits = _affine_(products, factor, bias)
+    log_p = torch.log_softmax(logits, dim=1, out=result)
+    cross_entropy = torch.mul(targets, log_p, out=logits).sum(dim=1).neg_()
+    return log_p.exp_().sub_(targets), cross_entropy
+
+
+def _affine_(products: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
+    """products * factor + bias, in place and in one pass."""
+    if factor is None:
+        return products if bias is None else products.add_(bias)
+    return products.mul_(factor) if bias is None else torch.addcmul(bias, products, factor, out=products)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
-
-import torch
-from torch import Tensor
 
 Polynomial = list[Fraction]  # index = power
 
@@ -61,11 +57,3 @@ def multiply(a: Polynomial, b: Polynomial) -> Polynomial:
 def derivative(a: Polynomial) -> Polynomial:
     """The derivative of a polynomial; that of a constant is the empty list."""
     return [power * c for power, c in enumerate(a)][1:]
-
-
-def horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """The polynomial with ascending `coefficients` at `x`, in the dtype of `x`."""
-    result = torch.full_like(x, coefficients[-1])
-    for c in reversed(coefficients[:-1]):
-        result = result * x + c
-    return result

@@ -1,4 +1,4 @@
-"""The one collective the library uses, and the one question it asks of a sharded model."""
+"""Sums over ranks, and parameters that are sharded over them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,22 @@ def all_reduce_sum_(tensor: Tensor, process_group: dist.ProcessGroup | None = No
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor, as FSDP2 makes of parameters, or a part of FSDP1's flat ones.
 
-    By attribute: the import path of DTensor moved between torch versions.
+    It is recognised by an attribute, because the import path of DTensor differs between versions of torch.
     """
     return hasattr(tensor, "placements") or hasattr(tensor, "_fsdp_flattened")
+
+
+def whole(tensor: Tensor, name: str, rows: int | None = None) -> Tensor:
+    """`tensor` with all its `rows` rows; where FSDP2 shards it they are gathered, so every rank must call.
+
+    Raises RuntimeError, which calls the tensor `name`, for the shards of FSDP1, which gathers nothing by itself.
+    """
+    if hasattr(tensor, "full_tensor"):
+        gathered: Tensor = tensor.full_tensor()
+        return gathered
+    if rows is not None and (tensor.dim() == 0 or len(tensor) != rows):
+        raise RuntimeError(
+            f"{name} (of shape {tuple(tensor.shape)}) must be whole, with {rows} rows, and here FSDP1 shards it: call "
+            "inside FullyShardedDataParallel.summon_full_params, or use FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
+    return tensor

@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._matmul import at_least_float32, without_autocast
-
-# Cosines are taken in blocks of about so many elements: 64 MiB of float32 at a time, never (K, K).
-_BLOCK_ELEMENTS = 2**24
+from ._memory import rows_per_chunk
 
 
 class Duplicates(NamedTuple):
@@ -37,9 +35,9 @@ def count_duplicates(prototypes: Tensor, thresholds: Sequence[float], *, rows: i
     with without_autocast(prototypes.device):
         directions = F.normalize(at_least_float32(prototypes), dim=1)
         total = len(directions)
-        rows = rows or max(1, min(1024, _BLOCK_ELEMENTS // total))
-        # The unique ones are moved to the front of `directions`, which is read further behind; one that is unique at
-        # any threshold is there for all of them, and `unique` says for which it counts.
+        rows = rows or min(1024, rows_per_chunk(total, directions.device))
+        # Prototypes that are unique at any threshold are moved to the front of `directions`. They overwrite a prefix
+        # that has been read already. `unique` says at which thresholds each of them counts.
         found = 0
         unique = torch.zeros(len(thresholds), total, dtype=torch.bool, device=directions.device)
         sizes = torch.zeros(len(thresholds), total, dtype=torch.int64, device=directions.device)

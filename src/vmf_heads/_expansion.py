@@ -25,6 +25,7 @@ A/kappa, both cancel. Here both terms of A' are positive.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -32,7 +33,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._debye import Polynomial, debye_log_polynomials, horner
+from ._debye import Polynomial, debye_log_polynomials
 
 # (smallest order N, terms M) that keep the truncation below rounding; smaller orders are shifted up to the last N.
 _TERMS = {
@@ -202,6 +203,14 @@ def _expand_tail(p: int, dtype: torch.dtype) -> tuple[float, ...]:
         products = sum((c[i] * c[j - i] for i in range(1, j)), Fraction(0))
         c.append(((j - p) * c[j - 1] - products) / 2)
     return tuple(float(-j * c[j] / Fraction(_TAIL_SWITCH[dtype]) ** (j + 1)) for j in range(1, len(c)))
+
+
+def horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """The polynomial with ascending `coefficients` at `x`, in the dtype of `x`."""
+    result = torch.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        result = result * x + c
+    return result
 
 
 def _nan_below_zero(kappa: Tensor, value: Tensor) -> Tensor:

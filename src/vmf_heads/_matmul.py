@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 # torch.mm takes `out_dtype` since 2.8, on CUDA only (on CPU it raises).
 _MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 8)
@@ -17,6 +21,21 @@ def mm_float32(a: Tensor, b: Tensor) -> Tensor:
         if a.is_cuda and _MM_HAS_OUT_DTYPE and a.dtype != torch.float32:
             return torch.mm(a, b, out_dtype=torch.float32)
         return a.float() @ b.float()
+
+
+def linear_float32(x: Tensor, weight: Tensor, *, exact: bool = False) -> Tensor:
+    """x @ weight.T (..., K) of x (..., p) and weight (K, p), in float32 (float64 for float64 operands).
+
+    Operands are rounded to half precision, and the product is accumulated in float32, where the weight is in half
+    precision itself, as FSDP's mixed precision has it, and under CUDA autocast unless `exact`.
+    """
+    is_half = weight.dtype in (torch.float16, torch.bfloat16)
+    half = weight.dtype if is_half else None if exact else autocast_dtype(x.device)
+    if half is not None:
+        result: Tensor = _HalfLinear.apply(x, weight, half)
+        return result
+    with without_autocast(x.device):
+        return F.linear(at_least_float32(x), weight)
 
 
 def average(p: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -41,7 +60,33 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def has_autocast(device: torch.device) -> bool:
+    """Whether autocast exists for `device`: everywhere but on meta.
+
+    `torch.amp.is_autocast_available` asks the same, but torch.compile cannot trace it before torch 2.10.
+    """
+    return device.type != "meta"
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which autocast is off for `device`; nothing to do on devices that have none, such as meta."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    """A context in which autocast is off for `device`; nothing to do where there is none."""
+    return torch.autocast(device.type, enabled=False) if has_autocast(device) else nullcontext()
+
+
+class _HalfLinear(Function):
+    """x @ weight.T of operands rounded to `dtype`, accumulated and returned in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return mm_float32(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        g = grad.to(x.dtype).reshape(-1, weight.shape[0])
+        grad_x = mm_float32(g, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = mm_float32(g.t(), x.reshape(-1, weight.shape[1])) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None

@@ -1,28 +1,68 @@
-"""Centring of the teacher in probability space, Eq. 9."""
+"""The teacher's targets (Eq. 7) and the centres they subtract, in probability space (Eq. 9) or on logits (Eq. 8)."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import at_least, one_of, positive
 from ._distributed import all_reduce_sum_
-from ._matmul import at_least_float32
+from ._matmul import at_least_float32, linear_float32
+from ._memory import rows_per_chunk
+from .prototypes import HeadOutput
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ProbabilityCentering"]
+__all__ = ["Centering", "LogitCentering", "ProbabilityCentering", "make_centering", "teacher_targets"]
 
+CENTERING = ("probability", "logit")
 CENTER_ON = ("scores", "responsibilities")
 # exp() of a log-sum leaves the range of float64 below this: the centre of a prototype that nothing ever chooses.
 _FLOOR = math.log(torch.finfo(torch.float64).tiny)
-# Rows are taken in chunks of about so many elements: 64 MiB of float32 at a time.
-_CHUNK_ELEMENTS = 2**24
+
+
+@torch.no_grad()
+def teacher_targets(
+    scores: Tensor, temperature: float, *, log_normalizer: Tensor | None = None, log_center: Tensor | None = None
+) -> Tensor:
+    """The teacher's probabilities, Eq. 7, from its raw scores.
+
+    Equals::
+
+        softmax(scores / temperature + log_normalizer - log_center, dim=-1)
+
+    Args:
+        scores: <w_k, y> (..., K), of any floating dtype; half precision is cast up to float32.
+        temperature: tau_t > 0.
+        log_normalizer: log C_p(||w_k|| / temperature) (K,) up to a constant, such as `head.log_normalizer(temperature)`
+            gives. None: zeros, which is plain DINO.
+        log_center: c (K,), such as `centering.offset(temperature)` gives. None: zeros.
+
+    Returns:
+        Probabilities (..., K), in float32 (float64 for float64 scores), without gradient.
+
+    Raises:
+        ValueError, TypeError: `temperature` is not a finite number > 0.
+
+    Reference: Govindarajan et al., ICLR 2023, Eq. 7.
+
+    >>> import torch
+    >>> from vmf_heads.centering import teacher_targets
+    >>> teacher_targets(torch.tensor([[0.2, 0.1, 0.0]]), 0.1, log_center=torch.tensor([1.0, 0.0, 0.0]))
+    tensor([[0.4223, 0.4223, 0.1554]])
+    """
+    positive("temperature", temperature)
+    logits = at_least_float32(scores) / temperature
+    if log_normalizer is None:
+        return torch.softmax(logits if log_center is None else logits - log_center, dim=-1)
+    offset = log_normalizer if log_center is None else log_normalizer - log_center
+    return torch.softmax(logits + offset, dim=-1)
 
 
 class ProbabilityCentering(nn.Module):
@@ -32,8 +72,9 @@ class ProbabilityCentering(nn.Module):
 
         c = momentum * c + (1 - momentum) * log(softmax(scores / tau, dim=1).mean(dim=0))
 
-    computed in log space and averaged over all ranks before the logarithm, so that it neither becomes -inf nor depends
-    on how a batch is split. Calling it subtracts c from logits that are already divided by the temperature (Eq. 7).
+    with log C_p inside the softmax if `center_on` is "responsibilities". It is computed in log space and averaged over
+    all ranks before the logarithm, so that it neither becomes -inf nor depends on how a batch is split. Calling the
+    module subtracts c from logits that are already divided by the temperature; `teacher_targets` is all of Eq. 7.
 
     Args:
         num_prototypes: K.
@@ -48,7 +89,7 @@ class ProbabilityCentering(nn.Module):
     Raises:
         ValueError, TypeError: an argument is out of its range or a tensor has the wrong shape.
 
-    Source: Govindarajan et al., ICLR 2023, Eq. 7, Eq. 9, appendix A.4.
+    Reference: Govindarajan et al., ICLR 2023, Eq. 7, Eq. 9, appendix A.4.
 
     >>> import torch
     >>> from vmf_heads import ProbabilityCentering
@@ -72,9 +113,7 @@ class ProbabilityCentering(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"`momentum` (={momentum}) must be in [0, 1]")
-        self.momentum = momentum
+        self.momentum = _momentum("momentum", momentum)
         self.center_on = one_of("center_on", center_on, CENTER_ON)
         self.process_group = process_group
         self.register_buffer("log_center", torch.zeros(at_least("num_prototypes", num_prototypes, 1)))
@@ -88,47 +127,59 @@ class ProbabilityCentering(nn.Module):
         self._check_converted()
         return logits - self.log_center
 
-    @torch.no_grad()
-    def update_(self, scores: Tensor, temperature: float, *, log_normalizer: Tensor | None = None) -> None:
-        """One step of Eq. 9 from the teacher's raw scores <w, y> (..., K) of this batch, on every rank.
+    def offset(self, temperature: float) -> Tensor:
+        """The centre c (K,) that Eq. 7 subtracts at this temperature; nothing changes by asking."""
+        return (
+            self.log_center if self.logit_center is None else self.logit_center / positive("temperature", temperature)
+        )
 
-        `log_normalizer` (K,), log C_p up to a constant, is needed for center_on="responsibilities" and ignored
-        otherwise.
-        """
-        self.accumulate_(*self.log_sum(scores, temperature, log_normalizer=log_normalizer))
+    @torch.no_grad()
+    def update_(self, scores: Tensor | HeadOutput, temperature: float, *, log_normalizer: Tensor | None = None) -> None:
+        """One step of Eq. 9 from the teacher's raw scores of this batch, on every rank: `accumulate_`, `commit_`."""
+        self.accumulate_(scores, temperature, log_normalizer=log_normalizer)
         self.commit_()
 
     @torch.no_grad()
-    def log_sum(
-        self, scores: Tensor, temperature: float, *, log_normalizer: Tensor | None = None
-    ) -> tuple[Tensor, int]:
-        """(log sum_b softmax_k(scores_b / temperature) (K,), number of rows): what `accumulate_` takes."""
-        self._check_columns("scores", scores)
+    def accumulate_(
+        self, scores: Tensor | HeadOutput, temperature: float, *, log_normalizer: Tensor | None = None
+    ) -> None:
+        """Add one micro-batch. The centre changes at `commit_` only.
+
+        Args:
+            scores: the teacher's raw scores <w, y> (..., K), or a `HeadOutput`, whose scores are made in chunks.
+            temperature: tau_t > 0.
+            log_normalizer: log C_p (K,) up to a constant. Needed for center_on="responsibilities", ignored otherwise.
+        """
         positive("temperature", temperature)
         bias = None
         if self.center_on == "responsibilities":
             if log_normalizer is None:
                 raise ValueError('`log_normalizer` (=None) must be given when `center_on` is "responsibilities"')
             bias = log_normalizer
-        rows = scores.flatten(0, -2) if scores.dim() > 1 else scores.unsqueeze(0)
-        total = torch.full_like(self.log_center, -torch.inf)
-        for chunk in rows.split(max(1, _CHUNK_ELEMENTS // rows.shape[1])):
+        if isinstance(scores, Tensor):
+            self._check_columns("scores", scores)
+        log_sum, count = torch.full_like(self.log_center, -torch.inf), 0
+        for chunk in _score_chunks(scores):
             logits = at_least_float32(chunk) / temperature
             log_probabilities = torch.log_softmax(logits if bias is None else logits + bias, dim=1)
-            total = torch.logaddexp(total, torch.logsumexp(log_probabilities, dim=0))
-        return total, rows.shape[0]
+            log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_probabilities, dim=0))
+            count += len(chunk)
+        self.convert_logit_center_(temperature)
+        self.accumulate_log_sum_(log_sum, count)
 
     @torch.no_grad()
-    def accumulate_(self, log_sum: Tensor, rows: int) -> None:
-        """Add one micro-batch: log sum_b softmax_k (K,) over `rows` rows. The centre changes at `commit_` only."""
+    def accumulate_log_sum_(self, log_sum: Tensor, rows: int) -> None:
+        """Add one micro-batch by what `prototype_cross_entropy` returns: log sum_b softmax_k (K,) over `rows` rows."""
         self._check_columns("log_sum", log_sum)
         self._log_sum = log_sum if self._log_sum is None else torch.logaddexp(self._log_sum, log_sum)
         self._rows += rows
 
     @torch.no_grad()
     def commit_(self) -> None:
-        """One EMA step from all that was accumulated, over all ranks. Every rank must call it, also one without
-        rows."""
+        """One EMA step from all that was accumulated, over all ranks.
+
+        Every rank must call it, also one without rows; without any rows nothing changes.
+        """
         self._check_converted()
         log_sum = torch.full_like(self.log_center, -torch.inf) if self._log_sum is None else self._log_sum
         # Probabilities are summed before the logarithm: a mean of the ranks' logarithms is another number.
@@ -142,10 +193,9 @@ class ProbabilityCentering(nn.Module):
 
     @torch.no_grad()
     def convert_logit_center_(self, temperature: float) -> None:
-        """Turn a loaded DINO centre (in units of scores) into `log_center` = center / temperature; otherwise do
-        nothing.
+        """Turn a loaded DINO centre (in units of scores) into `log_center` = center / temperature, or do nothing.
 
-        `temperature` is the teacher's at this moment of training. The losses in `compat` call this themselves.
+        `accumulate_` does it by itself. `temperature` is the teacher's at this moment of training.
         """
         if self.logit_center is None:
             return
@@ -185,3 +235,107 @@ class ProbabilityCentering(nn.Module):
         elif prefix + "log_center" in state_dict:
             self.logit_center = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LogitCentering(nn.Module):
+    """DINO's running mean of the teacher's logits (Eq. 8), here of logits with log C_p; same interface as Eq. 9's.
+
+    Args:
+        shape: of the buffer `center`, as the original has it, with shape[-1] = K.
+        momentum: m in [0, 1].
+        process_group: the ranks to average over; None means all of them.
+
+    Reference: Caron et al., ICCV 2021; Govindarajan et al., ICLR 2023, Eq. 8.
+    """
+
+    center: Tensor
+    center_on: ClassVar[str] = "scores"  # what a fused loss averages on the way; this centre does not use it
+
+    def __init__(self, shape: tuple[int, ...], momentum: float, process_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.momentum = _momentum("momentum", momentum)
+        self.process_group = process_group
+        self.register_buffer("center", torch.zeros(shape))
+        self._logit_sum: Tensor | None = None  # accumulated since the last commit_
+        self._rows = 0
+
+    @property
+    def value(self) -> Tensor:
+        """The centre, by lightly's name."""
+        return self.center
+
+    def offset(self, temperature: float) -> Tensor:
+        """What the teacher's logits lose before the softmax (K,)."""
+        return self.center.flatten() / temperature
+
+    @torch.no_grad()
+    def accumulate_(self, scores: Tensor | HeadOutput, temperature: float, *, log_normalizer: Tensor) -> None:
+        """Add the teacher's scores (..., K), or the features they come from, to what the next `commit_` averages."""
+        if isinstance(scores, HeadOutput):
+            score_sum, rows = scores.score_sum(), scores.features[..., 0].numel()
+        else:
+            score_sum, rows = at_least_float32(_as_rows(scores)).sum(dim=0), scores[..., 0].numel()
+        logit_sum = score_sum + rows * temperature * log_normalizer
+        self._logit_sum = logit_sum if self._logit_sum is None else self._logit_sum + logit_sum
+        self._rows += rows
+
+    @torch.no_grad()
+    def commit_(self) -> None:
+        """One step from all that was accumulated, over all ranks; each of them must call it."""
+        logit_sum = self.center.new_zeros(self.center.numel()) if self._logit_sum is None else self._logit_sum
+        total = torch.cat([logit_sum, logit_sum.new_full((1,), self._rows)])
+        all_reduce_sum_(total, self.process_group)
+        mean = (total[:-1] / total[-1]).view_as(self.center).to(self.center.dtype)
+        # torch.where instead of a branch: whether any rank had rows is known on the device only.
+        self.center.copy_(torch.where(total[-1] > 0, self.center.lerp(mean, 1 - self.momentum), self.center))
+        self._logit_sum, self._rows = None, 0
+
+
+Centering = ProbabilityCentering | LogitCentering
+
+
+def make_centering(
+    shape: tuple[int, ...],
+    momentum: float,
+    *,
+    centering: str,
+    center_on: str,
+    process_group: ProcessGroup | None,
+    momentum_name: str = "center_momentum",
+) -> Centering:
+    """The centre that `centering` names, for shape[-1] prototypes.
+
+    Args:
+        shape: of the original's buffer.
+        momentum: m in [0, 1].
+        centering: "probability" or "logit".
+        center_on: see `ProbabilityCentering`.
+        process_group: the ranks to average over; None means all of them.
+        momentum_name: what the caller's argument is called, for the error.
+    """
+    _momentum(momentum_name, momentum)
+    if one_of("centering", centering, CENTERING) == "logit":
+        return LogitCentering(shape, momentum, process_group)
+    return ProbabilityCentering(shape[-1], momentum, center_on=center_on, process_group=process_group)
+
+
+def _momentum(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` (={value}) must be in [0, 1]")
+    return value
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(..., K) as (N, K)."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+
+
+def _score_chunks(scores: Tensor | HeadOutput) -> Iterator[Tensor]:
+    """The scores (rows, K), few rows at a time: scores, logits and log-probabilities stay within the memory budget."""
+    if isinstance(scores, Tensor):
+        yield from _as_rows(scores).split(rows_per_chunk(scores.shape[-1], scores.device, buffers=3))
+        return
+    prototypes = scores.prototypes
+    rows = rows_per_chunk(len(prototypes), prototypes.device, buffers=4)
+    for features in _as_rows(scores.features).split(rows):
+        yield linear_float32(features, prototypes)

@@ -1,198 +1,202 @@
-"""The self-distillation loss from features and prototypes, without ever holding the [N, K] logits."""
+"""The self-distillation loss from features and prototypes, without ever holding the (N, K) logits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import _epilogues
 from ._checks import at_least, one_of, positive
 from ._chunked import ChunkedCrossEntropy, Distillation
-from ._matmul import at_least_float32, autocast_dtype, without_autocast
-from .centering import CENTER_ON
+from ._matmul import autocast_dtype, without_autocast
+from ._memory import rows_per_chunk
+from .centering import CENTER_ON, teacher_targets
+from .head import NORMALIZERS
+from .prototypes import HeadOutput, prototype_log_normalizer
 
 __all__ = ["dino_pairs", "prototype_cross_entropy", "prototype_cross_entropy_reference"]
 
-REDUCTIONS = ("sum", "none")
-
 
 def prototype_cross_entropy(
-    student_features: Tensor,
-    student_prototypes: Tensor,
-    teacher_features: Tensor,
-    teacher_prototypes: Tensor,
+    student: HeadOutput,
+    teacher: HeadOutput,
     *,
     student_temperature: float,
     teacher_temperature: float,
-    student_scale: Tensor | None = None,
-    teacher_scale: Tensor | None = None,
-    student_log_normalizer: Tensor | None = None,
-    teacher_log_normalizer: Tensor | None = None,
+    normalizer: str = "vmf",
     log_center: Tensor | None = None,
-    targets: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
     weights: Tensor | None = None,
     center_on: str = "scores",
-    reduction: str = "sum",
-    chunk_rows: int | None = None,
-    compiled: bool = False,
+    batch_chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """DINO's loss without its logits: exact value and gradients in O(chunk * K + K * p + N * p) memory.
 
-    Equals `prototype_cross_entropy_reference`, which holds everything, to rounding::
+    Equals `prototype_cross_entropy_reference`, which holds everything, to rounding. With y, w and z, u the features and
+    prototypes of student and teacher, and log C_p of each prototype at the temperature of its side::
 
-        s = student_features @ student_prototypes.T / student_temperature + student_log_normalizer
-        raw = teacher_features @ teacher_prototypes.T / teacher_temperature
-        t = softmax(raw + teacher_log_normalizer - log_center)
-        loss = sum(weights[i, m] * -(t[targets[i, m]] * log_softmax(s[i])).sum() for i, m if targets[i, m] >= 0)
-        log_sum = log(softmax(raw).sum(dim=0))
+        s = y @ w.T / student_temperature + log C_p(||w|| / student_temperature)                    # Eq. 6
+        raw = z @ u.T / teacher_temperature
+        t = softmax(raw + log C_p(||u|| / teacher_temperature) - log_center)                        # Eq. 7
+        loss = sum(
+            weights[i, m] * -(t[teacher_rows[i, m]] * log_softmax(s[i])).sum()
+            for i, m if teacher_rows[i, m] >= 0
+        )
+        log_sum = log(softmax(raw).sum(dim=0))                                                      # for Eq. 9
 
-    With scales, the prototypes are weight-normalised, w_k = scale_k v_k / ||v_k|| for v = student_prototypes, and the
-    only (K, p) tensors are v and its gradient: w and the gradient of w are never made. For a head's last layer, v is
-    `weight_v` and the scale `weight_g.squeeze(1)`, or the fields of `HeadOutput`.
+    With scales, prototypes are weight-normalised, w_k = g_k v_k / ||v_k||, and the only (K, p) tensors are v and its
+    gradient: w and the gradient of w are never made.
+
+    In the words of `torch.nn.functional.linear_cross_entropy` (torch >= 2.13), `student.features` is `input`, the
+    student's prototypes over the temperature are `linear_weight`, log C_p is `linear_bias`, and t, which is never held
+    either, is a `target` of probabilities; `batch_chunk_size` is the option of that name, and `reduction` is "sum".
 
     Args:
-        student_features: y (Ns, p), unit rows; carries gradients.
-        student_prototypes: w (K, p), or their directions v if there is a `student_scale`; carries gradients.
-        teacher_features, teacher_prototypes: (Nt, p) and (K, p); no gradient flows to them.
-        student_temperature, teacher_temperature: > 0.
-        student_scale: (K,) of either sign; carries gradients. None: `student_prototypes` are w.
-        teacher_scale: the same for `teacher_prototypes`; no gradient flows to it. One may be given without the other.
-        student_log_normalizer: log C_p of the student's prototypes (K,) up to a constant; carries gradients.
-            None: zeros.
-        teacher_log_normalizer: the same for the teacher's. None: zeros.
+        student: y (Ns, p) unit rows and prototypes (K, p); features, directions and scales carry gradients.
+        teacher: z (Nt, p) and prototypes (K, p); no gradient flows to them.
+        student_temperature: > 0.
+        teacher_temperature: > 0.
+        normalizer: "vmf" adds log C_p on both sides; "none" is plain DINO.
         log_center: c (K,) of Eq. 9. None: zeros.
-        targets: (Ns, M) int64, the teacher rows that student row i is trained towards; -1 means none. None: student row
-            i is trained towards teacher row i (iBOT's patches), which needs two products fewer.
+        teacher_rows: (Ns, M) int64, the teacher rows that student row i is trained towards; -1 means none. None:
+            student row i is trained towards teacher row i (iBOT's patches), which needs two products fewer.
         weights: (Ns, M) float, what each pair counts; None counts 1. All averaging lives here.
-        center_on: what log_sum averages: "scores" (softmax of raw, as Eq. 9 is printed) or "responsibilities" (with
-            `teacher_log_normalizer` inside).
-        reduction: "sum", or "none" for the (Ns,) losses of the student rows (their backward computes everything again).
-        chunk_rows: rows of logits that exist at a time, all buffers together; None chooses from a memory budget.
-        compiled: fuse the elementwise work between the products with torch.compile (Triton on CUDA, a C++ compiler on
-            CPU), which takes seconds at the first call and fails where torch.compile does.
+        center_on: what log_sum averages: "scores" (softmax of raw, as Eq. 9 is printed) or "responsibilities" (with the
+            teacher's log C_p inside).
+        batch_chunk_size: rows of logits that exist at a time, all buffers together; None chooses from a memory budget.
 
     Returns:
-        (loss, log_sum, rows): the loss in float32, and the teacher's statistics for `ProbabilityCentering.accumulate_`:
-        log sum_b softmax_k (K,) over its `rows` rows. Under CUDA autocast the operands of the products are rounded to
-        the autocast dtype and accumulated in float32; logits, softmax and loss are float32.
+        (loss, log_sum, rows): the loss in float32 (float64 for float64 tensors), and the teacher's statistics for
+            `ProbabilityCentering.accumulate_log_sum_`: log sum_b softmax_k (K,) over its `rows` rows. Under CUDA
+            autocast the operands of the products are rounded to the autocast dtype and accumulated in float32; logits,
+            softmax and loss are float32.
 
     Raises:
         ValueError, TypeError: an argument is out of range or a shape does not fit; the message names it.
 
-    Source: Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9. The algebra: docs/loss.md.
+    Reference: Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9. The algebra: docs/loss.md.
 
     >>> import torch
     >>> from torch.nn.functional import normalize
-    >>> from vmf_heads import prototype_cross_entropy
+    >>> from vmf_heads import HeadOutput, prototype_cross_entropy
     >>> from vmf_heads.cross_entropy import dino_pairs
     >>> y, w = normalize(torch.randn(4 * 8, 16), dim=1).requires_grad_(), torch.randn(100, 16)
-    >>> targets, weights = dino_pairs(batch_size=8, ncrops=4)
+    >>> student, teacher = HeadOutput(y, w, None), HeadOutput(y[: 2 * 8], w, None)
+    >>> teacher_rows, weights = dino_pairs(batch_size=8, ncrops=4)
     >>> loss, log_sum, rows = prototype_cross_entropy(
-    ...     y, w, y[: 2 * 8], w, student_temperature=0.1, teacher_temperature=0.04, targets=targets, weights=weights
+    ...     student,
+    ...     teacher,
+    ...     student_temperature=0.1,
+    ...     teacher_temperature=0.04,
+    ...     teacher_rows=teacher_rows,
+    ...     weights=weights,
     ... )
     >>> loss.backward()
     >>> y.grad.shape, log_sum.shape, rows
     (torch.Size([32, 16]), torch.Size([100]), 16)
     """
-    one_of("reduction", reduction, REDUCTIONS)
+    one_of("normalizer", normalizer, NORMALIZERS)
     one_of("center_on", center_on, CENTER_ON)
     positive("student_temperature", student_temperature)
     positive("teacher_temperature", teacher_temperature)
-    _check_shapes(student_features, student_prototypes, teacher_features, teacher_prototypes, targets, weights)
-    for name, per_prototype in (
-        ("student_scale", student_scale),
-        ("teacher_scale", teacher_scale),
-        ("student_log_normalizer", student_log_normalizer),
-        ("teacher_log_normalizer", teacher_log_normalizer),
-        ("log_center", log_center),
-    ):
-        if per_prototype is not None and per_prototype.shape != student_prototypes.shape[:1]:
-            raise ValueError(
-                f"`{name}` (of shape {tuple(per_prototype.shape)}) must be (K,) with K (={len(student_prototypes)}) "
-                "the number of prototypes"
-            )
-    tensors = (student_features, student_prototypes, student_scale, teacher_features, teacher_prototypes, teacher_scale)
-    dtypes = {str(at_least_float32(x).dtype) for x in tensors if x is not None}
-    if len(dtypes) > 1:
-        raise TypeError(f"features, prototypes and scales (of {', '.join(sorted(dtypes))}) must all be float64 or none")
+    _check_shapes(student, teacher, log_center, teacher_rows, weights)
+    dtype = _common_dtype(student, teacher)
+    total, dim = student.directions.shape
+    if batch_chunk_size is None:
+        batch_chunk_size = rows_per_chunk(total, student.features.device)
+    at_least("batch_chunk_size", batch_chunk_size, 1)
 
+    student = HeadOutput(*(None if x is None else x.to(dtype) for x in student))  # type: ignore[arg-type]
+    teacher = HeadOutput(*(None if x is None else x.detach().to(dtype) for x in teacher))  # type: ignore[arg-type]
+    bias = log_normalizer = None
+    if normalizer == "vmf":
+        bias = prototype_log_normalizer(student.norms, dim, student_temperature)
+        log_normalizer = prototype_log_normalizer(teacher.norms, dim, teacher_temperature)
     averages_log_c = center_on == "responsibilities"
     distillation = Distillation(
-        teacher_features=at_least_float32(teacher_features.detach()),
-        teacher_prototypes=at_least_float32(teacher_prototypes.detach()),
-        teacher_scale=None if teacher_scale is None else at_least_float32(teacher_scale.detach()),
-        statistics_bias=_bias(teacher_log_normalizer, None) if averages_log_c else None,
-        target_bias=_bias(None if averages_log_c else teacher_log_normalizer, log_center),
-        student_temperature=student_temperature,
+        teacher=teacher,
         teacher_temperature=teacher_temperature,
-        targets=targets,
+        student_temperature=student_temperature,
+        statistics_bias=log_normalizer if averages_log_c else None,
+        target_bias=_difference(None if averages_log_c else log_normalizer, log_center, dtype),
+        teacher_rows=teacher_rows,
         weights=weights,
-        per_row=reduction == "none",
-        chunk_rows=None if chunk_rows is None else at_least("chunk_rows", chunk_rows, 1),
-        product_dtype=autocast_dtype(student_features.device),
-        epilogues=_epilogues.compiled() if compiled else _epilogues.PLAIN,
+        chunk_rows=batch_chunk_size,
+        product_dtype=autocast_dtype(student.features.device),
     )
-    inputs = (student_features, student_prototypes, student_scale, student_log_normalizer)
+    inputs = (*student, bias)
     # Read here: inside an autograd.Function grad mode is always off.
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    with without_autocast(student_features.device):
-        dtype = at_least_float32(student_features).dtype  # of log C_p, too, which may come in another
-        loss, log_sum = ChunkedCrossEntropy.apply(
-            *(x if x is None else x.to(dtype) for x in inputs), distillation, wanted
-        )
-    return loss, log_sum, len(teacher_features)
+    with without_autocast(student.features.device):
+        loss, log_sum = ChunkedCrossEntropy.apply(*inputs, distillation, wanted)
+    return loss, log_sum, len(teacher.features)
 
 
 def prototype_cross_entropy_reference(
-    student_features: Tensor,
-    student_prototypes: Tensor,
-    teacher_features: Tensor,
-    teacher_prototypes: Tensor,
+    student: HeadOutput,
+    teacher: HeadOutput,
     *,
     student_temperature: float,
     teacher_temperature: float,
-    student_scale: Tensor | None = None,
-    teacher_scale: Tensor | None = None,
-    student_log_normalizer: Tensor | float = 0.0,
-    teacher_log_normalizer: Tensor | float = 0.0,
-    log_center: Tensor | float = 0.0,
-    targets: Tensor,
-    weights: Tensor,
+    normalizer: str = "vmf",
+    log_center: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
+    weights: Tensor | None = None,
     center_on: str = "scores",
 ) -> tuple[Tensor, Tensor, int]:
-    """The definition of `prototype_cross_entropy`, with every logit in memory: for reading and for testing."""
-    student_prototypes = weight_normed(student_prototypes, student_scale)
-    teacher_prototypes = weight_normed(teacher_prototypes, teacher_scale)
-    logits = student_features @ student_prototypes.T / student_temperature + student_log_normalizer
-    log_probabilities = torch.log_softmax(logits, dim=1)
+    """The definition of `prototype_cross_entropy`, with every logit in memory: for reading and for testing.
+
+    Arguments and results are those of `prototype_cross_entropy`.
+    """
+    y, w, z, u = student.features, student.prototypes, teacher.features, teacher.prototypes
+    dim = w.shape[1]
+    if teacher_rows is None:
+        teacher_rows = torch.arange(len(y), device=y.device)[:, None]
+    if weights is None:
+        weights = torch.ones(teacher_rows.shape, dtype=y.dtype, device=y.device)
+    logits = y @ w.T / student_temperature
     with torch.no_grad():
-        raw = teacher_features @ teacher_prototypes.T / teacher_temperature
-        teacher = torch.softmax(raw + teacher_log_normalizer - log_center, dim=1)
-        averaged = raw + teacher_log_normalizer if center_on == "responsibilities" else raw
+        scores = z @ u.T
+        log_normalizer = scores.new_zeros(len(u))
+        if normalizer == "vmf":
+            log_normalizer = prototype_log_normalizer(teacher.norms, dim, teacher_temperature)
+        targets = teacher_targets(scores, teacher_temperature, log_normalizer=log_normalizer, log_center=log_center)
+        averaged = scores / teacher_temperature
+        if center_on == "responsibilities":
+            averaged = averaged + log_normalizer
         log_sum = torch.log_softmax(averaged, dim=1).logsumexp(dim=0)
+    if normalizer == "vmf":
+        logits = logits + prototype_log_normalizer(student.norms, dim, student_temperature)
+    log_probabilities = torch.log_softmax(logits, dim=1)
     loss = logits.new_zeros(())
-    for m in range(targets.shape[1]):
-        rows = targets[:, m] >= 0
-        cross_entropy = -(teacher[targets[rows, m]] * log_probabilities[rows]).sum(dim=1)
+    for m in range(teacher_rows.shape[1]):
+        rows = teacher_rows[:, m] >= 0
+        cross_entropy = -(targets[teacher_rows[rows, m]] * log_probabilities[rows]).sum(dim=1)
         loss = loss + (weights[rows, m] * cross_entropy).sum()
-    return loss, log_sum, len(teacher_features)
-
-
-def weight_normed(v: Tensor, scale: Tensor | None) -> Tensor:
-    """The prototypes scale_k v_k / ||v_k|| (K, p), or v itself where there is no scale."""
-    return v if scale is None else scale[:, None] * v / v.norm(dim=1, keepdim=True)
+    return loss, log_sum, len(z)
 
 
 def dino_pairs(
     batch_size: int, ncrops: int, *, ngcrops: int = 2, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """(targets, weights) of DINO: every crop towards all global crops, but not towards the view that it is.
+    """(teacher_rows, weights) of DINO: every crop towards all global crops, but not towards the view that it is.
 
     The rows are crop by crop: student row v * batch_size + b is crop v of image b, and so for the teacher's `ngcrops`.
-    Both results are (ncrops * batch_size, ngcrops); the weights make the sum DINO's mean over pairs and images.
 
-    >>> targets, weights = dino_pairs(batch_size=2, ncrops=3)
-    >>> targets.tolist()
+    Args:
+        batch_size: images B, >= 1.
+        ncrops: crops per image, the global ones first; >= 2 and >= `ngcrops`.
+        ngcrops: global crops, which the teacher sees; >= 1.
+        device: of the results.
+
+    Returns:
+        Two tensors (ncrops * B, ngcrops), int64 and float64. The weights make the sum DINO's mean over pairs, images.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range.
+
+    >>> from vmf_heads.cross_entropy import dino_pairs
+    >>> teacher_rows, weights = dino_pairs(batch_size=2, ncrops=3)
+    >>> teacher_rows.tolist()
     [[-1, 2], [-1, 3], [0, -1], [1, -1], [0, 2], [1, 3]]
     """
     at_least("batch_size", batch_size, 1)
@@ -202,50 +206,72 @@ def dino_pairs(
     view = torch.arange(ncrops, device=device).repeat_interleave(batch_size)
     teacher_view = torch.arange(ngcrops, device=device)
     same = view[:, None] == teacher_view
-    targets = torch.where(same, -1, teacher_view * batch_size + image[:, None])
+    teacher_rows = torch.where(same, -1, teacher_view * batch_size + image[:, None])
     weight = 1 / (batch_size * ngcrops * (ncrops - 1))
-    return targets, torch.full(targets.shape, weight, dtype=torch.float64, device=device)
+    return teacher_rows, torch.full(teacher_rows.shape, weight, dtype=torch.float64, device=device)
 
 
-def _bias(log_normalizer: Tensor | None, log_center: Tensor | None) -> Tensor | None:
-    if log_normalizer is None:
-        return None if log_center is None else -at_least_float32(log_center.detach())
-    bias = at_least_float32(log_normalizer.detach())
-    return bias if log_center is None else bias - log_center.detach()
+def _difference(log_normalizer: Tensor | None, log_center: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """log C_p - c (K,), where None stands for zeros."""
+    if log_center is None:
+        return log_normalizer
+    log_center = log_center.detach().to(dtype)
+    return -log_center if log_normalizer is None else log_normalizer - log_center
 
 
 def _check_shapes(
-    student_features: Tensor,
-    student_prototypes: Tensor,
-    teacher_features: Tensor,
-    teacher_prototypes: Tensor,
-    targets: Tensor | None,
+    student: HeadOutput,
+    teacher: HeadOutput,
+    log_center: Tensor | None,
+    teacher_rows: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    if student_prototypes.dim() != 2:
-        raise ValueError(f"`student_prototypes` (of shape {tuple(student_prototypes.shape)}) must be (K, p)")
-    if teacher_prototypes.shape != student_prototypes.shape:
+    shape = student.directions.shape
+    if len(shape) != 2:
+        raise ValueError(f"`student.directions` (of shape {tuple(shape)}) must be (K, p)")
+    if teacher.directions.shape != shape:
         raise ValueError(
-            f"`teacher_prototypes` (of shape {tuple(teacher_prototypes.shape)}) must have the shape of "
-            f"`student_prototypes` (={tuple(student_prototypes.shape)})"
+            f"`teacher.directions` (of shape {tuple(teacher.directions.shape)}) must have the shape of "
+            f"`student.directions` (={tuple(shape)})"
         )
-    p = student_prototypes.shape[1]
-    for name, features in (("student_features", student_features), ("teacher_features", teacher_features)):
+    total, p = shape
+    for name, features in (("student.features", student.features), ("teacher.features", teacher.features)):
         if features.dim() != 2 or features.shape[1] != p:
             raise ValueError(
                 f"`{name}` (of shape {tuple(features.shape)}) must be (N, p) with p (={p}) of the prototypes"
             )
-    if targets is None:
-        if len(student_features) != len(teacher_features):
+    per_prototype = {"student.scales": student.scales, "teacher.scales": teacher.scales, "log_center": log_center}
+    for name, tensor in per_prototype.items():
+        if tensor is not None and tensor.shape != (total,):
             raise ValueError(
-                f"`targets` (=None) needs as many rows in `student_features` (={len(student_features)}) as in "
-                f"`teacher_features` (={len(teacher_features)})"
+                f"`{name}` (of shape {tuple(tensor.shape)}) must be (K,) with K (={total}) the number of prototypes"
             )
-    elif targets.dim() != 2 or len(targets) != len(student_features) or targets.dtype != torch.int64:
+    rows = len(student.features)
+    if teacher_rows is None and rows != len(teacher.features):
         raise ValueError(
-            f"`targets` (of shape {tuple(targets.shape)}, {targets.dtype}) must be (Ns, M) int64 with Ns "
-            f"(={len(student_features)}) rows"
+            f"`teacher_rows` (=None) needs as many rows in `student.features` (={rows}) as in "
+            f"`teacher.features` (={len(teacher.features)})"
         )
-    expected = (len(student_features), 1) if targets is None else tuple(targets.shape)
+    if teacher_rows is not None and (
+        teacher_rows.dim() != 2 or len(teacher_rows) != rows or teacher_rows.dtype != torch.int64
+    ):
+        raise ValueError(
+            f"`teacher_rows` (of shape {tuple(teacher_rows.shape)}, {teacher_rows.dtype}) must be (Ns, M) int64 with "
+            f"Ns (={rows}) rows"
+        )
+    expected = (rows, 1) if teacher_rows is None else tuple(teacher_rows.shape)
     if weights is not None and tuple(weights.shape) != expected:
-        raise ValueError(f"`weights` (of shape {tuple(weights.shape)}) must have the shape of `targets` (={expected})")
+        raise ValueError(
+            f"`weights` (of shape {tuple(weights.shape)}) must have the shape of `teacher_rows` (={expected})"
+        )
+
+
+def _common_dtype(student: HeadOutput, teacher: HeadOutput) -> torch.dtype:
+    """float64 if all tensors are, float32 if none is."""
+    dtypes = {x.dtype for x in (*student, *teacher) if x is not None}
+    if torch.float64 not in dtypes:
+        return torch.float32
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise TypeError(f"features, directions and scales (of {names}) must all be float64 or none")
+    return torch.float64

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._checks import positive
-from ._prototypes import Prototypes
+from .prototypes import Prototypes
 
 __all__ = ["separate_norms"]
 

@@ -22,15 +22,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ._checks import at_least
+from ._compiled import evaluate
 from ._expansion import curvature, mean_resultant, relative_log_normalizer
-from ._fused import evaluate
+from ._matmul import has_autocast
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 __all__ = ["log_vmf_normalizer", "vmf_mean_resultant"]
 
 
-def log_vmf_normalizer(kappa: Tensor, p: int, *, relative: bool = False, fused: bool | None = None) -> Tensor:
+def log_vmf_normalizer(kappa: Tensor, p: int, *, relative: bool = False, compiled: bool | None = None) -> Tensor:
     """The logarithm of the normalising constant of a von Mises-Fisher distribution, exact to rounding.
 
     Equals, where SciPy neither under- nor overflows (at p = 256 in float32 it does for all kappa <= 50)::
@@ -43,8 +44,8 @@ def log_vmf_normalizer(kappa: Tensor, p: int, *, relative: bool = False, fused: 
         p: dimension of the space the sphere lies in (not of the sphere), an integer >= 2.
         relative: return log C_p(kappa) - log C_p(0) instead. It differs by a constant, which no softmax sees, and is
             computed directly: at p = 256 the constant is 344 nats, too much for bfloat16 to carry beside what matters.
-        fused: None compiles one kernel on CUDA and uses plain operations elsewhere; True compiles on every device and
-            raises where that is impossible; False never compiles. Inside torch.compile this changes nothing.
+        compiled: None compiles one kernel on CUDA and uses plain operations elsewhere; True compiles on every device
+            and raises where that is impossible; False never compiles. Inside torch.compile this changes nothing.
 
     Returns:
         A tensor of the shape of `kappa`. float32 and float64 keep their dtype; float16 and bfloat16 are computed in
@@ -57,7 +58,7 @@ def log_vmf_normalizer(kappa: Tensor, p: int, *, relative: bool = False, fused: 
     Raises:
         TypeError: `kappa` is not a floating tensor, or `p` is not an integer.
         ValueError: `p` < 2.
-        RuntimeError: `fused=True` where torch.compile does not work.
+        RuntimeError: `compiled=True` where torch.compile does not work.
 
     Accuracy, largest and root-mean-square relative error in eps of value, first and second derivative, for p from 2 to
     1 000 000 and kappa from 0 to 1e9 (`python -m benchmarks normalizer` makes these lines)::
@@ -87,13 +88,13 @@ def log_vmf_normalizer(kappa: Tensor, p: int, *, relative: bool = False, fused: 
         point, h = _split(x)
         value = relative_log_normalizer(point, p) - h * mean_resultant(point, p) - h * h / 2 * curvature(point, p)
     else:
-        value = _RelativeLogNormalizer.apply(x, p, fused)
+        value = _RelativeLogNormalizer.apply(x, p, compiled)
     if not relative:
         value = value + _log_normalizer_at_zero(p)
     return _restore(value, kappa)
 
 
-def vmf_mean_resultant(kappa: Tensor, p: int, *, fused: bool | None = None) -> Tensor:
+def vmf_mean_resultant(kappa: Tensor, p: int, *, compiled: bool | None = None) -> Tensor:
     """The mean resultant length A_p(kappa) = I_{p/2}(kappa) / I_{p/2-1}(kappa), exact to rounding.
 
     It is the expectation of <mu, y> under the component, and minus the derivative of `log_vmf_normalizer`.
@@ -101,7 +102,7 @@ def vmf_mean_resultant(kappa: Tensor, p: int, *, fused: bool | None = None) -> T
     Args:
         kappa: concentrations >= 0, any shape, floating.
         p: dimension of the space the sphere lies in, an integer >= 2.
-        fused: as in `log_vmf_normalizer`.
+        compiled: as in `log_vmf_normalizer`.
 
     Returns:
         A tensor of the shape of `kappa` with values in [0, 1], dtypes as in `log_vmf_normalizer`; 0 at 0, 1 at +inf,
@@ -110,7 +111,7 @@ def vmf_mean_resultant(kappa: Tensor, p: int, *, fused: bool | None = None) -> T
     Raises:
         TypeError: `kappa` is not a floating tensor, or `p` is not an integer.
         ValueError: `p` < 2.
-        RuntimeError: `fused=True` where torch.compile does not work.
+        RuntimeError: `compiled=True` where torch.compile does not work.
 
     Source: [2] section 3.3; DLMF 10.29.1 for the recurrence between orders, docs/numerics.md for the method.
 
@@ -124,7 +125,7 @@ def vmf_mean_resultant(kappa: Tensor, p: int, *, fused: bool | None = None) -> T
         point, h = _split(x)
         value = mean_resultant(point, p) + h * curvature(point, p)
     else:
-        value = _MeanResultant.apply(x, p, fused)
+        value = _MeanResultant.apply(x, p, compiled)
     return _restore(value, kappa)
 
 
@@ -132,8 +133,8 @@ class _RelativeLogNormalizer(Function):
     """D(kappa); D' = -A."""
 
     @staticmethod
-    def forward(kappa: Tensor, p: int, fused: bool | None) -> Tensor:
-        return evaluate(relative_log_normalizer, kappa, p, fused)
+    def forward(kappa: Tensor, p: int, compiled: bool | None) -> Tensor:
+        return evaluate(relative_log_normalizer, kappa, p, compiled)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, bool | None], output: Tensor) -> None:
@@ -141,19 +142,19 @@ class _RelativeLogNormalizer(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return -grad * _MeanResultant.apply(ctx.saved_tensors[0], ctx.p, ctx.fused), None, None
+        return -grad * _MeanResultant.apply(ctx.saved_tensors[0], ctx.p, ctx.compiled), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return -tangent * _MeanResultant.apply(ctx.saved_tensors[0], ctx.p, ctx.fused)
+        return -tangent * _MeanResultant.apply(ctx.saved_tensors[0], ctx.p, ctx.compiled)
 
 
 class _MeanResultant(Function):
     """A(kappa). Its derivative is evaluated by its own formula: differentiating the one for A loses all digits."""
 
     @staticmethod
-    def forward(kappa: Tensor, p: int, fused: bool | None) -> Tensor:
-        return evaluate(mean_resultant, kappa, p, fused)
+    def forward(kappa: Tensor, p: int, compiled: bool | None) -> Tensor:
+        return evaluate(mean_resultant, kappa, p, compiled)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, bool | None], output: Tensor) -> None:
@@ -161,15 +162,15 @@ class _MeanResultant(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad * evaluate(curvature, ctx.saved_tensors[0], ctx.p, ctx.fused), None, None
+        return grad * evaluate(curvature, ctx.saved_tensors[0], ctx.p, ctx.compiled), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return tangent * evaluate(curvature, ctx.saved_tensors[0], ctx.p, ctx.fused)
+        return tangent * evaluate(curvature, ctx.saved_tensors[0], ctx.p, ctx.compiled)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, int, bool | None]) -> None:
-    kappa, ctx.p, ctx.fused = inputs
+    kappa, ctx.p, ctx.compiled = inputs
     ctx.save_for_backward(kappa)
     ctx.save_for_forward(kappa)
 
@@ -204,6 +205,5 @@ def _prepare(kappa: Tensor, p: int) -> tuple[Tensor, int]:
 
 
 def _restore(value: Tensor, kappa: Tensor) -> Tensor:
-    device = kappa.device.type
-    under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
+    under_autocast = has_autocast(kappa.device) and torch.is_autocast_enabled(kappa.device.type)
     return value if under_autocast else value.to(kappa.dtype)

@@ -81,7 +81,7 @@ def test_wrong_options_are_named(options, message, tmp_path):
 def test_two_cells_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     import yaml
 
-    from config import RECIPES
+    from config.recipe import RECIPES
 
     settings = yaml.safe_load((RECIPES / "photos_dino_vmf.yaml").read_text())
     settings |= {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "out_dim": 32, "hidden_dim": 16}

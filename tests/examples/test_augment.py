@@ -9,7 +9,15 @@ import torch
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader
 
-from augment import EvalTransform, MultiCrop, MultiCropDataset, color_jitter, random_resized_crop, to_tensor, turn_hue
+from data.augment import (
+    EvalTransform,
+    MultiCrop,
+    color_jitter,
+    random_resized_crop,
+    to_tensor,
+    turn_hue,
+)
+from data.augmented_images import AugmentedImages
 
 PLAIN = {"color_strength": 0, "blur_strength": 0, "solarize_prob": 0, "grayscale_prob": 0}
 
@@ -181,7 +189,7 @@ def test_every_setting_has_an_effect(setting):
 
 
 def dataset(seed=0):
-    return MultiCropDataset([(photo(number), number) for number in range(8)], MultiCrop(32, 16, 1), seed)
+    return AugmentedImages([(photo(number), number) for number in range(8)], MultiCrop(32, 16, 1), seed)
 
 
 def test_a_sample_depends_only_on_seed_epoch_and_index():
@@ -192,7 +200,7 @@ def test_a_sample_depends_only_on_seed_epoch_and_index():
     backward = [second[i] for i in reversed(range(8))][::-1]
     assert all(same(a, b) for a, b in zip(forward, backward, strict=True))
     assert not same(forward[3], dataset(seed=1)[3])
-    assert not same(forward[3], MultiCropDataset([(photo(3), 0)] * 8, MultiCrop(32, 16, 1), 0)[4])  # other index
+    assert not same(forward[3], AugmentedImages([(photo(3), 0)] * 8, MultiCrop(32, 16, 1), 0)[4])  # other index
     second.set_epoch(1)
     assert second.epoch == 1
     assert not same(forward[3], second[3])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 
-from evaluators.average_precision import average_precision, positions, precision_at
+from evaluators.retrieval.average_precision import average_precision, positions, precision_at
 
 
 def test_a_list_with_junk_by_hand():

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers import ViTModel
 
-from backbone import build_backbone, cls_token, tokens
-from config import Recipe, load_recipe
+from config.recipe import Recipe, load_recipe
+from methods.backbone import build_backbone, cls_token, tokens
 
 
 @pytest.fixture

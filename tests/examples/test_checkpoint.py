@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from backbone import cls_token
-from checkpoint import CHECKPOINT, PREVIOUS, load_checkpoint, load_run, random_backbone, save_checkpoint
-from config import Recipe, load_recipe
-from methods import Method, build_method
+from config.recipe import Recipe, load_recipe
+from methods.backbone import cls_token
+from methods.registry import Method, build_method
+from training.run import CHECKPOINT, PREVIOUS, load_checkpoint, load_run, random_backbone, save_checkpoint
 
 
 @pytest.fixture

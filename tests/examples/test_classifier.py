@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Dinov2Model, ViTModel, ViTMSNModel
 
-from evaluators.classifier import Classifier, layer_decay_groups
+from evaluators.finetune.classifier import Classifier, layer_decay_groups
 from finetune_fixtures import tiny_encoder
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from collapse import CollapseDetector, TrainingCollapsed
+from training.collapse import CollapseDetector, TrainingCollapsed
 
 LOG_K = math.log(100)
 UNIFORM = {"target_entropy": LOG_K, "marginal_entropy": LOG_K, "kl": 0.0}

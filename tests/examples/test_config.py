@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 
-from config import RECIPES, Recipe, differences, load_recipe, recipe_from_dict, save_recipe
-from methods import build_method
+from config.recipe import RECIPES, Recipe, differences, load_recipe, recipe_from_dict, save_recipe
+from methods.registry import build_method
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import data
-from data import CELL, SPLITS, load_images
+from data.images import CELL, SPLITS, load_images, split_columns
 
 
 def pixels(images):
@@ -44,8 +43,8 @@ def test_regions_keep_a_margin_of_a_cell(monkeypatch, size):
     # Every pixel of this "photograph" holds its own coordinates, so the cells tell where they were cut.
     y, x = np.mgrid[: size[1], : size[0]]
     photo = Image.fromarray(np.stack([x % 256, y % 256, 16 * (x // 256) + y // 256], axis=-1).astype(np.uint8))
-    monkeypatch.setattr(data, "load_photo", lambda name: photo)
-    monkeypatch.setattr(data, "PHOTOS", ("one.png",))
+    monkeypatch.setattr("data.images.load_photo", lambda name: photo)
+    monkeypatch.setattr("data.images.PHOTOS", ("one.png",))
     seen = {}
     for split in SPLITS:
         r, g, b = pixels(load_images("photos", split)).astype(int).reshape(-1, 3).T
@@ -60,9 +59,9 @@ def test_regions_keep_a_margin_of_a_cell(monkeypatch, size):
 def test_blank_cells_are_left_out(monkeypatch):
     grey = np.random.default_rng(0).integers(0, 256, (256, 512), dtype=np.uint8)
     grey[:128] = 7
-    monkeypatch.setattr(data, "load_photo", lambda name: Image.fromarray(grey).convert("RGB"))
-    monkeypatch.setattr(data, "PHOTOS", ("one.png",))
-    columns = data.split_columns(16)
+    monkeypatch.setattr("data.images.load_photo", lambda name: Image.fromarray(grey).convert("RGB"))
+    monkeypatch.setattr("data.images.PHOTOS", ("one.png",))
+    columns = split_columns(16)
     for split in SPLITS:
         assert len(load_images("photos", split)) == 4 * len(columns[split])
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import demo
-from config import load_recipe
-from results import MODELS, RUNS
+from config.recipe import load_recipe
+from reporting.demo_table import MODELS, RUNS
 
+ACCURATE = ("knn", "fewshot", "linear")
 DEMO = Path(__file__).parents[2] / "examples" / "vit_ssl" / "demo.py"
 
 
@@ -66,6 +67,12 @@ def test_max_steps_must_be_positive(tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
+def test_only_a_finished_demo_has_a_report_to_draw_again(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`output` .* must be the directory of a finished demo"):
+        demo.main(tmp_path / "demo", redraw=True)
+    assert not (tmp_path / "demo").exists()
+
+
 def test_what_is_left_to_do(tmp_path, recipes):
     def titles():
         return [job.title for job in demo.jobs(tmp_path, "photos_dino", recipes["photos_dino"], 7)]
@@ -84,9 +91,16 @@ def test_what_is_left_to_do(tmp_path, recipes):
     (directory / "backbone").mkdir()
     assert titles() == ["evaluating random", "evaluating teacher"]
 
-    rows = [{"features": "random", "protocol": "fewshot"}, {"features": "teacher", "protocol": "fewshot"}]
-    (directory / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert titles() == ["evaluating teacher"]
+    done = [{"features": name, "protocol": protocol} for name in ("random", "teacher") for protocol in ACCURATE]
+    (directory / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done))
+    assert titles() == ["evaluating teacher"]  # its prototypes are missing
+    for missing in done:
+        rows = [*(row for row in done if row != missing), {"features": "teacher", "protocol": "prototypes"}]
+        (directory / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+        assert titles() == [f"evaluating {missing['features']}"]
+    done.insert(0, {"features": "teacher", "protocol": "prototypes"})  # the order of rows means nothing
+    (directory / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done))
+    assert titles() == []
 
 
 def run_demo(output, **kwargs):
@@ -124,3 +138,7 @@ def test_interrupted_continued_finished_and_left_alone(tmp_path):
     assert process.returncode == 0
     assert "holds a finished demo" in again
     assert contents(output) == before
+
+    (output / "report.html").unlink()
+    demo.main(output, redraw=True)
+    assert "This is a shortened run, 4 of" in (output / "report.html").read_text(encoding="utf-8")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import Recipe, load_recipe
-from methods import Method, build_method
+from config.recipe import Recipe, load_recipe
 from methods.method import sample_rows
+from methods.registry import Method, build_method
 from vmf_heads import HeadOutput
 
 TINY = {"hidden_size": 16, "out_dim": 8, "num_hidden_layers": 1}

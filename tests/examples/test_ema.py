@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ema import ema_update
+from training.ema import ema_update
 
 
 def two_networks() -> tuple[nn.Module, nn.Module]:

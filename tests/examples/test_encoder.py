@@ -27,7 +27,7 @@ from transformers import (
     ViTMSNModel,
 )
 
-from encoder import as_encoder, open_encoder, reinitialized
+from evaluators.features.encoder import as_encoder, open_encoder, reinitialized
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 8}
 MODELS = {

@@ -10,19 +10,19 @@ from PIL import Image
 from transformers import ViTConfig, ViTModel
 
 import evaluate
-from augment import EvalTransform
-from backbone import cls_token
-from checkpoint import load_run, random_backbone, save_checkpoint
-from config import load_recipe
-from data import load_images
-from evaluation_rows import print_table
-from evaluators import features
-from evaluators.fewshot import FewShotOptions
-from evaluators.linear import LinearOptions
+from config.recipe import load_recipe
+from data.augment import EvalTransform
+from data.images import load_images
+from evaluators.features.extraction import extract
+from evaluators.few_shot.few_shot import FewShotOptions
+from evaluators.linear.linear import LinearOptions
 from evaluators.protocol import NotApplicable
 from evaluators.registry import PROTOCOLS
 from evaluators.request import ExtractOptions, Request, make_features, open_evaluation
-from methods import build_method
+from methods.backbone import cls_token
+from methods.registry import build_method
+from reporting.rows import print_table
+from training.run import load_run, random_backbone, save_checkpoint
 
 TINY = {
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "local_size": 8},
@@ -159,13 +159,13 @@ def test_the_runs_own_data_is_used_whole(run_directory):
 
 
 def test_every_split_is_extracted_once_and_for_all(run_directory, folder, monkeypatch):
-    extracted, extract = [], features.extract
+    extracted = []
 
     def watched(encode, images, *arguments, **options):
         extracted.append(images.split)
         return extract(encode, images, *arguments, **options)
 
-    monkeypatch.setattr(features, "extract", watched)
+    monkeypatch.setattr("evaluators.features.extraction.extract", watched)
     evaluate.evaluate(request(run_directory, split="test", data=folder), "knn")
     assert sorted(extracted) == ["test", "train", "val"]
     evaluate.evaluate(request(run_directory, split="test", data=folder), "fewshot", FEW["fewshot"])

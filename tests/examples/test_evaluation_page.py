@@ -6,13 +6,23 @@ from html.parser import HTMLParser
 
 import pytest
 
-import evaluation_page
-from config import load_recipe
-from evaluation_page import write_page
-from evaluators.prototypes import write_table
-from paper_rows import SOURCES, ablation_row, find, paper_row_of, row_names
-from paper_sections import section
-from paper_tables import ABLATION, FEW_SHOT, FINE_TUNING, IMAGENET, RETRIEVAL, TABLES, TRANSFER, UTILISATION, VIDEO
+import evaluate
+from config.recipe import load_recipe
+from evaluators.prototypes.tables import write_table
+from reporting.evaluation_page import write_page, write_page_again
+from reporting.paper_rows import SOURCES, ablation_row, find, paper_row_of, row_names
+from reporting.paper_sections import section
+from reporting.paper_tables import (
+    ABLATION,
+    FEW_SHOT,
+    FINE_TUNING,
+    IMAGENET,
+    RETRIEVAL,
+    TABLES,
+    TRANSFER,
+    UTILISATION,
+    VIDEO,
+)
 
 # Sums of a table's columns and its number of entries, added up from the paper's print, not from paper_tables.
 PRINTED = {
@@ -192,7 +202,7 @@ def test_the_page_is_whole_and_loads_nothing(output, capsys):
     assert "| kNN | 74.74 | 74.74 | imagenet, test, n = 50000 |" in markdown
     assert "![duplicates](prototypes/duplicates.svg)" in markdown
     assert len(re.findall("^## Table ", markdown, re.MULTILINE)) == len(TABLES)
-    evaluation_page.main(output, checkpoint="a<b>.pth", paper_row="ViT-S/16 DINO-vMF")
+    evaluate.main(["page", str(output), "--checkpoint", "a<b>.pth", "--paper-row", "ViT-S/16 DINO-vMF"])
     assert capsys.readouterr().out.strip() == str(path)
     assert path.read_text(encoding="utf-8") == html.replace("video: &lt;no&gt;. ", "")
 
@@ -201,4 +211,4 @@ def test_the_page_refuses(output, tmp_path_factory):
     with pytest.raises(ValueError, match=r"`paper_row` \(='ViT-X'\) must be one of ViT-B/16 iBOT, "):
         write_page(output, [], checkpoint="x", paper_row="ViT-X")
     with pytest.raises(FileNotFoundError, match=r"no results in .*: expected .*results\.jsonl"):
-        evaluation_page.main(tmp_path_factory.mktemp("empty"))
+        write_page_again(tmp_path_factory.mktemp("empty"))

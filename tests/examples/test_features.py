@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
-from augment import EvalTransform
-from data import Images, load_images
-from distributed import device
-from encoder import as_encoder
-from evaluators import feature_cache, features
-from evaluators.augmented_epochs import FlippedCrop, augmented_epochs
-from evaluators.features import Extraction, encode, features_of
+from data.augment import EvalTransform
+from data.images import Images, load_images
+from evaluators.features import feature_cache
+from evaluators.features.encoder import as_encoder
+from evaluators.features.extraction import Chunk, Extraction, encode, features_of
 from evaluators.knn import predict as predict_knn
-from evaluators.sgd_probe import Schedule, train_probes
-from evaluators.sgd_probe import predict as predict_linear
+from evaluators.linear.augmented_epochs import FlippedCrop, augmented_epochs
+from evaluators.linear.sgd_probe import Schedule, train_probes
+from evaluators.linear.sgd_probe import predict as predict_linear
 from gloo import run_on_ranks
+from runtime.distributed import device
 
 
 def tiny_encoder(seed=0, heads=2):
@@ -109,7 +109,7 @@ def forbid_extraction(monkeypatch):
         raise AssertionError("extracted again")
         yield
 
-    monkeypatch.setattr(features, "extract", extract)
+    monkeypatch.setattr("evaluators.features.extraction.extract", extract)
 
 
 def test_features_are_extracted_once(folder, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_an_interrupted_extraction_leaves_nothing(folder, tmp_path):
     images = load_images("folder", "val", data=folder)
 
     def chunks():
-        yield features.Chunk(np.zeros((3, 2), np.float32), np.ones(3, bool), [])
+        yield Chunk(np.zeros((3, 2), np.float32), np.ones(3, bool), [])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -178,8 +178,8 @@ def test_an_interrupted_extraction_leaves_nothing(folder, tmp_path):
 
 
 def test_the_slower_of_two_processes_keeps_the_features_of_the_faster(tmp_path):
-    whole = features.Chunk(np.ones((3, 2), np.float32), np.ones(3, bool), [])
-    other = features.Chunk(np.zeros((3, 2), np.float32), np.ones(3, bool), [])
+    whole = Chunk(np.ones((3, 2), np.float32), np.ones(3, bool), [])
+    other = Chunk(np.zeros((3, 2), np.float32), np.ones(3, bool), [])
 
     def chunks():
         feature_cache.store(tmp_path / "some", [whole], np.arange(3), ["a"])

@@ -10,10 +10,10 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from transformers import ViTConfig, ViTModel
 
-from data import Images, load_images
-from encoder import as_encoder
-from evaluators.few_shot_splits import draw, draw_percent, listed_sets
-from evaluators.fewshot import GAP, FewShotOptions, before_final_norm, fewshot, fit, normalize
+from data.images import Images, load_images
+from evaluators.features.encoder import as_encoder
+from evaluators.few_shot.few_shot import GAP, FewShotOptions, before_final_norm, fewshot, fit, normalize
+from evaluators.few_shot.splits import draw, draw_percent, listed_sets
 from evaluators.protocol import Evaluation, Features
 
 

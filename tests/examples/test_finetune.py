@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from augment import EvalTransform
-from data import Images
+from data.augment import EvalTransform
+from data.images import Images
 from devices import DEVICES
-from evaluators import finetune as module
-from evaluators.classifier import Classifier
-from evaluators.finetune import finetune, predict, train
-from evaluators.finetune_options import FinetuneOptions, SmallFinetuneOptions
+from evaluators.finetune import finetune as module
+from evaluators.finetune.classifier import Classifier
+from evaluators.finetune.finetune import finetune, predict, train
+from evaluators.finetune.options import FinetuneOptions, SmallFinetuneOptions
 from evaluators.protocol import Evaluation, NotApplicable
 from finetune_fixtures import photos, tiny_encoder
 from gloo import run_on_ranks

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluators.finetune_data import (
+from evaluators.finetune.samples import (
     FinetuneDataset,
     FinetuneTransform,
     erase_rectangle,

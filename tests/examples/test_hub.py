@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import load_images
-from hub import HubImages, load_hub, open_set
-from stream import ImageStream, StreamedViews, stream_batches
+from data.hub import HubImages, load_hub, open_set
+from data.images import load_images
+from data.stream import ImageStream, StreamedViews, stream_batches
 
 datasets = pytest.importorskip("datasets")
 SHARDS, PER_SHARD = 4, 6

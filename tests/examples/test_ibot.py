@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import vmf_reference
-from backbone import tokens
-from config import load_recipe
-from methods import Method, build_method
+from config.recipe import load_recipe
+from methods.backbone import tokens
+from methods.registry import Method, build_method
 
 TINY = {"hidden_size": 16, "out_dim": 12, "num_hidden_layers": 1, "hidden_dim": 16, "bottleneck_dim": 8}
 IMAGES, EPOCH, TAU = 3, 2, 0.1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lanes import Job, JobFailed, last_row, run_lanes
+from runtime.lanes import Job, JobFailed, last_row, run_lanes
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "vit_ssl"
 
@@ -95,7 +95,7 @@ def test_signals_are_passed_on_and_waited_for(tmp_path, signum):
         import sys
         from pathlib import Path
         sys.path.insert(0, {str(EXAMPLES)!r})
-        from lanes import Job, run_lanes
+        from runtime.lanes import Job, run_lanes
         command = [sys.executable, "-c", {textwrap.dedent(child)!r}]
         run_lanes({{"a": [Job("job", command, Path({str(tmp_path / "log")!r}))]}})
     """

@@ -10,12 +10,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from data import Images
-from evaluators import linear as module
-from evaluators.linear import LRS, LinearOptions, linear
-from evaluators.logistic_probe import logistic_probe
+from data.images import Images
+from evaluators.linear import linear as module
+from evaluators.linear.linear import LRS, LinearOptions, linear
+from evaluators.linear.logistic_probe import logistic_probe
+from evaluators.linear.sgd_probe import LinearProbes, Schedule, predict, stored_epochs, train_probes
 from evaluators.protocol import Evaluation, NotApplicable
-from evaluators.sgd_probe import LinearProbes, Schedule, predict, stored_epochs, train_probes
 from feature_blobs import blobs
 
 SPLITS = {"train": blobs(0), "val": blobs(1, 45), "test": blobs(2, 50)}

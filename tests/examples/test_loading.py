@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import loading
-from config import load_recipe
-from loading import epoch_batches, load_steps, own_parts, training_images
+from config.recipe import load_recipe
+from data import loading
+from data.loading import epoch_batches, load_steps, own_parts, training_images
 
 
 def test_batches_are_a_permutation_of_the_images_drawn_from_seed_and_epoch() -> None:

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from augment import MultiCropDataset
-from config import load_recipe
-from masking import block_mask, kept_patches
-from methods import transform
+from config.recipe import load_recipe
+from data.augmented_images import AugmentedImages
+from data.masking import block_mask, kept_patches
+from data.views import build_views
 
 
 @pytest.mark.parametrize(("height", "width"), [(14, 14), (4, 4), (6, 11), (1, 1)])
@@ -68,7 +68,7 @@ def images(count):
 
 def test_samples_of_ibot_are_crops_and_masks():
     recipe = load_recipe("photos_ibot", {"ibot.mask_probability": 0.4, "ibot.mask_ratio": [0.3, 0.5]})
-    dataset = MultiCropDataset(images(200), transform(recipe), seed=3)
+    dataset = AugmentedImages(images(200), build_views(recipe), seed=3)
     batch = default_collate([dataset[i] for i in range(200)])
     assert [crop.shape for crop in batch["crops"]] == [(200, 3, 32, 32)] * 2 + [(200, 3, 16, 16)] * 2
     assert [(mask.shape, mask.dtype) for mask in batch["masks"]] == [((200, 4, 4), torch.bool)] * 2
@@ -81,7 +81,7 @@ def test_samples_of_ibot_are_crops_and_masks():
 
 def test_samples_of_msn_are_crops_and_what_the_random_anchors_show():
     recipe = load_recipe("photos_msn", {"msn.rand_views": 2, "msn.patch_drop": 0.4})
-    dataset = MultiCropDataset(images(8), transform(recipe))
+    dataset = AugmentedImages(images(8), build_views(recipe))
     batch = default_collate([dataset[i] for i in range(8)])
     assert [crop.shape[-1] for crop in batch["crops"]] == [32, 32, 32, 16, 16]
     assert [keep.shape for keep in batch["keep"]] == [(8, 9)] * 2
@@ -91,7 +91,7 @@ def test_samples_of_msn_are_crops_and_what_the_random_anchors_show():
 @pytest.mark.parametrize("name", ["photos_ibot", "photos_msn"])
 def test_a_sample_depends_on_seed_epoch_and_index_alone(name):
     def sample(seed=0, epoch=0, index=5):
-        dataset = MultiCropDataset(images(8), transform(load_recipe(name)), seed)
+        dataset = AugmentedImages(images(8), build_views(load_recipe(name)), seed)
         dataset.set_epoch(epoch)
         for other in (3, 4):
             dataset[other]
@@ -100,6 +100,6 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(name):
     assert torch.equal(sample(), sample())
     for other in (sample(seed=1), sample(epoch=1), sample(index=6)):
         assert not torch.equal(sample(), other)
-    dino = MultiCropDataset(images(8), transform(load_recipe("photos_dino")))[5]["crops"]
-    crops = MultiCropDataset(images(8), transform(load_recipe(name)))[5]["crops"]
+    dino = AugmentedImages(images(8), build_views(load_recipe("photos_dino")))[5]["crops"]
+    crops = AugmentedImages(images(8), build_views(load_recipe(name)))[5]["crops"]
     assert all(torch.equal(a, b) for a, b in zip(dino, crops, strict=True))  # masks are drawn after them

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from augment import MultiCropDataset
-from config import load_recipe
-from data import load_images
-from methods import Method, build_method, transform
+from config.recipe import load_recipe
+from data.augmented_images import AugmentedImages
+from data.images import load_images
+from data.views import build_views
+from methods.registry import Method, build_method
 
 TINY = {"hidden_size": 16, "out_dim": 8, "num_hidden_layers": 1, "hidden_dim": 16, "bottleneck_dim": 8}
 RECIPES = [f"photos_{method}{form}" for method in ("dino", "ibot", "msn") for form in ("", "_vmf")]
@@ -27,7 +28,7 @@ def attached(name: str, **overrides: Any) -> Method:
 
 def batch(name: str, images: int = 4) -> dict[str, Any]:
     recipe = load_recipe(name, tiny(name))
-    dataset = MultiCropDataset(load_images("photos", "train"), transform(recipe), recipe.seed)
+    dataset = AugmentedImages(load_images("photos", "train"), build_views(recipe), recipe.seed)
     return default_collate([dataset[index * 100] for index in range(images)])
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from metrics import METRICS, MetricsLog, center_statistics, kappa_statistics, mean_statistics, target_statistics
+from methods.statistics import center_entropy, kappa_statistics, target_statistics
+from training.log import METRICS, MetricsLog, mean_statistics
+from vmf_heads.centering import LogitCentering, ProbabilityCentering
 
 
 def test_entropies_of_spread_shared_and_split_targets() -> None:
@@ -31,12 +33,11 @@ def test_quantiles_of_kappa() -> None:
 
 def test_a_centre_of_logits_and_one_of_log_probabilities_have_the_same_entropy() -> None:
     half = torch.tensor([0.5, 0.5, 1e-30, 1e-30]).log()
-    for state in ({"log_center": half, "other": half}, {"center": 0.04 * half.view(1, 1, -1)}):
-        found = center_statistics(state, teacher_temp=0.04)
-        assert found["center_entropy"].item() == pytest.approx(math.log(2))
-        assert len(found) == 1
-    both = center_statistics({"log_center": half, "log_center2": torch.zeros(4)}, teacher_temp=0.04)
-    assert both["center2_entropy"].item() == pytest.approx(math.log(4))
+    centerings = (ProbabilityCentering(4), LogitCentering((1, 4), 0.9))
+    assert [center_entropy(centering, 0.04).item() for centering in centerings] == pytest.approx([math.log(4)] * 2)
+    centerings[0].log_center.copy_(half)
+    centerings[1].center.copy_(0.04 * half)
+    assert [center_entropy(centering, 0.04).item() for centering in centerings] == pytest.approx([math.log(2)] * 2)
 
 
 def test_statistics_of_micro_batches_are_averaged() -> None:

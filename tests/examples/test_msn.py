@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import vmf_reference
-from backbone import tokens
-from config import load_recipe
-from loading import micro_batch_size
-from methods import Method, build_method
+from config.recipe import load_recipe
+from data.loading import micro_batch_size
+from methods.backbone import tokens
+from methods.registry import Method, build_method
 
 TINY = {"hidden_size": 16, "out_dim": 12, "num_hidden_layers": 1, "hidden_dim": 16, "bottleneck_dim": 8}
 IMAGES, TAU, T = 5, 0.1, 0.25

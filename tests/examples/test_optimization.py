@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from config import load_recipe
-from methods import build_method
-from optimization import clip_gradients, drop_last_layer_gradients, parameter_groups
+from config.recipe import load_recipe
+from methods.registry import build_method
+from training.optimization import clip_gradients, drop_last_layer_gradients, parameter_groups
 
 
 def test_dinos_parameter_groups_cover_every_trained_parameter_once() -> None:

@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import Recipe, load_recipe
-from data import load_images
-from ema import local
+from config.recipe import Recipe, load_recipe
+from data.images import load_images
+from data.loading import load_steps, micro_batch_size
 from gloo import run_on_ranks
-from loading import load_steps, micro_batch_size
-from methods import Method, build_method
-from metrics import mean_statistics
-from optimization import parameter_groups
-from parallel import parallelize, unwrap
-from schedules import Schedules
-from training_state import restore_state, whole_state
-from training_step import train_step
+from methods.registry import Method, build_method
+from pretrain import train_step
+from training.ema import local
+from training.log import mean_statistics
+from training.optimization import parameter_groups
+from training.parallel import parallelize, unwrap
+from training.schedules import Schedules
+from training.state import restore_state, whole_state
 
 TINY: dict[str, Any] = {
     "dataset": "digits",
@@ -83,7 +83,7 @@ class Training:
     def step(self, epoch: int) -> dict[str, float]:
         loaded = load_steps(self.images, self.recipe, epoch, 0, 1, accumulate=self.accumulate, num_workers=0)
         batches = [{name: [self.cast(x) for x in xs] for name, xs in batch.items()} for batch in next(loaded)]
-        now = {name: float(schedule[epoch]) for name, schedule in vars(self.schedules).items()}
+        now = self.schedules.at(epoch)
         found = train_step(self.method, self.optimizer, batches, epoch, now, self.recipe, self.bfloat16)
         statistics, _ = mean_statistics(found)
         means = ("loss", "target_entropy", "kl", "grad_norm", "center_entropy", "kappa_p50")

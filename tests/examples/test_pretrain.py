@@ -14,12 +14,12 @@ from PIL import Image
 from transformers import AutoModel
 
 import pretrain
-from backbone import cls_token
-from checkpoint import load_checkpoint, load_run
-from collapse import TrainingCollapsed
 from devices import DEVICES
-from metrics import METRICS
+from methods.backbone import cls_token
 from pretrain import Options
+from training.collapse import TrainingCollapsed
+from training.log import METRICS
+from training.run import load_checkpoint, load_run
 
 # Two epochs of 33 steps on the digits with a network so small that a step takes milliseconds.
 TINY = ("dataset=digits", "batch_size=32", "epochs=2", "warmup_epochs=0", "teacher_temp_warmup_epochs=1", "lr=0.01")

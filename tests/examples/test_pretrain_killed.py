@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import pretrain
-from checkpoint import load_checkpoint
-from checkpoint_file import CHECKPOINT
-from metrics import METRICS
 from pretrain import Options
+from training.checkpoint_file import CHECKPOINT
+from training.log import METRICS
+from training.run import load_checkpoint
 
 # 33 steps an epoch, of milliseconds each.
 TINY = ("dataset=digits", "batch_size=32", "epochs=20", "warmup_epochs=0", "teacher_temp_warmup_epochs=1", "lr=0.01")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from evaluators.components import open_components, read_head
 from evaluators.protocol import Evaluation, Features, NotApplicable
-from evaluators.prototype_choices import by_kappa
-from evaluators.prototype_figures import draw_chart
-from evaluators.prototypes import PrototypesOptions, prototypes
+from evaluators.prototypes.choices import by_kappa
+from evaluators.prototypes.components import open_components, read_head
+from evaluators.prototypes.prototypes import PrototypesOptions, prototypes
 from gloo import run_on_ranks
+from reporting.prototype_charts import draw_chart, draw_charts
 from vmf_heads import VMFPrototypeHead, log_vmf_normalizer
 
 
@@ -57,7 +57,7 @@ VAL = Features(np.array([[1, 0.1], [0.1, 1], [0.2, 1]], np.float32), np.array([0
 
 
 def test_a_run_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluators.prototype_choices.CHUNK_ELEMENTS", 2 * len(WEIGHT))
+    monkeypatch.setattr("evaluators.prototypes.choices.CHUNK_ELEMENTS", 2 * len(WEIGHT))
     run = run_of(WEIGHT)
     options = PrototypesOptions(thresholds=(0.5,), k=1, ranges=2, void=0.9)
     found = evaluation(tmp_path, run=run, features={"train": TRAIN, "val": VAL}.__getitem__)
@@ -151,6 +151,7 @@ def test_tables_and_charts_show_the_numbers(tmp_path):
     assert sum(int(row["images_by_scores"]) > 0 for row in table) == value["used_scores"]
     assert sum(int(row["images_by_targets"]) for row in table) == 5
     assert len(read_rows(folder / "knn_by_kappa.csv")) == 2
+    draw_charts(folder)
     for name in ("duplicates", "void", "knn_by_kappa"):
         light = (folder / f"{name}.svg").read_text()
         assert ElementTree.fromstring(light).tag.endswith("svg")

@@ -5,7 +5,7 @@ import random
 import numpy as np
 from PIL import Image
 
-from evaluators.rand_augment import FILL, OPERATIONS, rand_augment
+from evaluators.finetune.rand_augment import FILL, OPERATIONS, rand_augment
 from finetune_fixtures import photos
 
 

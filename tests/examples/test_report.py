@@ -10,17 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-import figures
-import pictures
-import report
-from augment import to_tensor
-from backbone import build_backbone
-from checkpoint import save_checkpoint
-from config import load_recipe
-from data import CELL, load_photo, split_columns
-from evaluators.features import Features
+from config.recipe import load_recipe
+from data.augment import to_tensor
+from data.images import CELL, load_photo, split_columns
+from evaluators.features.extraction import Features
+from methods.backbone import build_backbone
 from methods.dino import DINO
-from results import MODELS, RUNS
+from reporting import charts, pictures
+from reporting.demo_report import write_report
+from reporting.demo_table import MODELS, RUNS
+from training.run import save_checkpoint
 
 TINY = {
     **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_dim": 16, "bottleneck_dim": 8},
@@ -40,12 +39,12 @@ def metrics(offset=0.0):
 @pytest.fixture
 def figure(monkeypatch):
     """Makes the charts return matplotlib's figure in place of its SVG."""
-    monkeypatch.setattr(figures, "to_svg", lambda drawn: drawn)
+    monkeypatch.setattr(charts, "to_svg", lambda drawn: drawn)
 
 
 def test_curves_mark_the_logarithm_of_k_and_average_over_an_epoch(figure):
     rows = metrics()
-    drawn = figures.curves({"DINO": rows, "DINO-vMF": metrics(0.3)}, {"DINO": 24, "DINO-vMF": 24})
+    drawn = charts.curves({"DINO": rows, "DINO-vMF": metrics(0.3)}, {"DINO": 24, "DINO-vMF": 24})
     loss = drawn.axes[0]
     thin, thick = loss.lines[0], loss.lines[1]
     assert thin.get_ydata() == pytest.approx([row["loss"] for row in rows])
@@ -57,25 +56,25 @@ def test_curves_mark_the_logarithm_of_k_and_average_over_an_epoch(figure):
 
 def test_kappa_histogram_counts_every_prototype(figure):
     kappas = {"DINO": np.linspace(8, 12, 50), "DINO-vMF": np.linspace(2, 30, 70)}
-    drawn = figures.kappa_histogram(kappas, 0.1)
+    drawn = charts.kappa_histogram(kappas, 0.1)
     assert [sum(bar.get_height() for bar in axis.patches) for axis in drawn.axes] == [50, 70]
     assert all(axis.lines[0].get_xdata()[0] == pytest.approx(10) for axis in drawn.axes)
 
 
 def test_usage_is_sorted_and_ends_at_the_last_used_prototype(figure):
     counts = {"scores": {"DINO": np.array([0, 3, 0, 9]), "DINO-vMF": np.array([4, 3, 0, 5])}}
-    axis = figures.usage(counts).axes[0]
+    axis = charts.usage(counts).axes[0]
     assert [list(stairs.get_data().values) for stairs in axis.patches] == [[9, 3], [5, 4, 3]]
     assert [text.get_text() for text in axis.get_legend().texts] == ["DINO: 2 of 4 used", "DINO-vMF: 3 of 4 used"]
     assert axis.lines[0].get_ydata()[0] == 12 / 4
 
 
 def test_charts_are_svg_reproducible_and_differ_between_light_and_dark():
-    light, dark = (figures.kappa_histogram({"a": np.arange(1.0, 9)}, 0.1, dark=dark) for dark in (False, True))
+    light, dark = (charts.kappa_histogram({"a": np.arange(1.0, 9)}, 0.1, dark=dark) for dark in (False, True))
     assert ElementTree.fromstring(light).tag.endswith("svg")
-    assert light == figures.kappa_histogram({"a": np.arange(1.0, 9)}, 0.1)
-    assert figures.INK[False] in light
-    assert figures.INK[True] in dark
+    assert light == charts.kappa_histogram({"a": np.arange(1.0, 9)}, 0.1)
+    assert charts.INK[False] in light
+    assert charts.INK[True] in dark
 
 
 def test_to_image_undoes_to_tensor():
@@ -179,7 +178,7 @@ def demo_output(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(demo_output):
     output, results = demo_output
-    return report.write_report(output, results).read_text(encoding="utf-8")
+    return write_report(output, results).read_text(encoding="utf-8")
 
 
 def test_the_page_is_whole_and_loads_nothing(page):
@@ -203,6 +202,6 @@ def test_the_page_says_what_the_numbers_say(page):
 def test_other_numbers_give_other_words(demo_output):
     output, results = demo_output
     pair = {**results["knn_comparisons"][0], "difference": -0.02}
-    text = " ".join(Page(report.write_report(output, {**results, "knn_comparisons": [pair]}).read_text()).words)
+    text = " ".join(Page(write_report(output, {**results, "knn_comparisons": [pair]}).read_text()).words)
     assert "is above" not in text
     assert "DINO-vMF and the randomly initialised ViT cannot be told apart: −2.0 ± 1.0 points" in text

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from results import MODELS, RUNS, compare_knn, format_table, make_table, paired_difference, sentence
+from reporting.demo_table import MODELS, RUNS, compare_knn, format_table, make_table, paired_difference, sentence
 
 
 def write_run(directory, features, accuracy, *, used=None):

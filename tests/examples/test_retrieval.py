@@ -12,9 +12,9 @@ from PIL import Image
 from sklearn.metrics import auc, precision_recall_curve
 from transformers import ViTConfig, ViTModel
 
-from encoder import as_encoder
+from evaluators.features.encoder import as_encoder
 from evaluators.protocol import Evaluation, NotApplicable
-from evaluators.retrieval import RetrievalOptions, rank_images, retrieval
+from evaluators.retrieval.retrieval import RetrievalOptions, rank_images, retrieval
 from landmark_folder import write_landmarks
 from patch_encoder import PatchEncoder
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from evaluators.safe_pickle import load_plain_pickle
+from evaluators.retrieval.safe_pickle import load_plain_pickle
 
 CONTENT = {
     "imlist": ["all_souls_000013", "é"],

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from config import load_recipe
-from schedules import Schedules, cosine_schedule
+from config.recipe import load_recipe
+from training.schedules import Schedules, cosine_schedule
 
 
 def dino_cosine(base: float, final: float, epochs: int, steps_per_epoch: int, warmup_epochs: int = 0) -> list[float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import seeds
-from data import load_images
+from data.images import load_images
 
 
 def write_run(directory, features, accuracy, correct):

@@ -7,12 +7,12 @@ import pytest
 
 from davis_folder import write_davis
 from evaluators.protocol import Evaluation
-from evaluators.retrieval import RetrievalOptions, retrieval
-from evaluators.shares import gather, share
-from evaluators.video_segmentation import VideoOptions, video_segmentation
+from evaluators.retrieval.retrieval import RetrievalOptions, retrieval
+from evaluators.video.segmentation import VideoOptions, video_segmentation
 from gloo import run_on_ranks
 from landmark_folder import write_landmarks
 from patch_encoder import PatchEncoder
+from runtime.shares import gather, share
 
 SEQUENCES = {"one": [(1, 2)], "two": [(0, 1), (4, 8)], "three": [(2, 0)]}
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import pretrain
-from augment import EvalTransform
-from backbone import cls_token
-from checkpoint import load_run, random_backbone
-from data import load_images
+from data.augment import EvalTransform
+from data.images import load_images
 from evaluators.knn import predict
 from evaluators.protocol import Features
-from metrics import METRICS
+from methods.backbone import cls_token
+from training.log import METRICS
+from training.run import load_run, random_backbone
 
 SHORT = ("epochs=5", "warmup_epochs=1", "save_every=5")
 SEED = 2  # of seeds 0, 1 and 2 the one whose untrained network is the weakest: least training has to show

@@ -26,7 +26,9 @@ class _LogNormalizer(Function):
 
 
 def prototypes(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """(w (K, p), ||w|| (K,)) of a weight-normalised layer."""
+    """(w (K, p), ||w|| (K,)) of a weight-normalised layer, or of a linear one."""
+    if not hasattr(layer, "weight_g"):
+        return layer.weight, layer.weight.norm(dim=1)
     w = layer.weight_g * layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True)
     return w, w.norm(dim=1)
 

@@ -12,11 +12,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from davis_folder import PALETTE, write_davis
-from evaluators.davis_data import load_davis
-from evaluators.davis_metrics import boundary_accuracy, region_similarity, summarize
 from evaluators.protocol import Evaluation
-from evaluators.video_masks import segment
-from evaluators.video_segmentation import VideoOptions, video_segmentation
+from evaluators.video.davis import load_davis
+from evaluators.video.masks import segment
+from evaluators.video.metrics import boundary_accuracy, region_similarity, summarize
+from evaluators.video.segmentation import VideoOptions, video_segmentation
 from patch_encoder import PatchEncoder
 from upstream.checkouts import copy_of
 from upstream.evaluations import load_file, prepare

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from masking import block_mask
+from data.masking import block_mask
 from upstream.checkouts import copy_of
 
 

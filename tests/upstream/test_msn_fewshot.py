@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Images
-from encoder import open_encoder
-from evaluators.few_shot_splits import listed_sets
-from evaluators.fewshot import before_final_norm, normalize
+from data.images import Images
+from evaluators.features.encoder import open_encoder
+from evaluators.few_shot.few_shot import before_final_norm, normalize
+from evaluators.few_shot.splits import listed_sets
 from upstream.checkouts import copy_of
 
 

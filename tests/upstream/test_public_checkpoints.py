@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from encoder import open_encoder
+from evaluators.features.encoder import open_encoder
 from upstream.checkouts import ROOT, Training, copy_of
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from augment import to_tensor
-from evaluators.average_precision import average_precision, positions, precision_at
+from data.augment import to_tensor
 from evaluators.protocol import Evaluation
-from evaluators.retrieval import KS, RetrievalOptions, retrieval
+from evaluators.retrieval.average_precision import average_precision, positions, precision_at
+from evaluators.retrieval.retrieval import KS, RetrievalOptions, retrieval
 from landmark_folder import write_landmarks
 from patch_encoder import PatchEncoder
 from upstream.checkouts import copy_of

@@ -1,1 +1,1 @@
-"""The evaluation protocols, a file each with the interface of `protocol.Evaluator`; `registry` names them."""
+"""The evaluation protocols, a file or folder each with the interface of `protocol.Evaluator`; `registry` names them."""

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distributed import device
 from evaluators.protocol import Evaluation, Features, Metric
-from evaluators.shares import gather, share
+from runtime.distributed import device
+from runtime.shares import gather, share
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 if TYPE_CHECKING:
-    from checkpoint import Run
-    from encoder import Encoder
+    from evaluators.features.encoder import Encoder
+    from training.run import Run
 
 
 class Features(NamedTuple):

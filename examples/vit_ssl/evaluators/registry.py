@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from evaluators.fewshot import FewShotOptions, fewshot
-from evaluators.finetune import finetune
-from evaluators.finetune_options import FinetuneOptions, SmallFinetuneOptions
+from evaluators.few_shot.few_shot import FewShotOptions, fewshot
+from evaluators.finetune.finetune import finetune
+from evaluators.finetune.options import FinetuneOptions, SmallFinetuneOptions
 from evaluators.knn import KNNOptions, knn
-from evaluators.linear import LinearOptions, linear
+from evaluators.linear.linear import LinearOptions, linear
 from evaluators.protocol import Evaluator
-from evaluators.prototypes import PrototypesOptions, prototypes
-from evaluators.retrieval import RetrievalOptions, retrieval
+from evaluators.prototypes.prototypes import PrototypesOptions, prototypes
+from evaluators.retrieval.retrieval import RetrievalOptions, retrieval
 from evaluators.transfer import TransferOptions, transfer
-from evaluators.video_segmentation import VideoOptions, video_segmentation
+from evaluators.video.segmentation import VideoOptions, video_segmentation
 
 
 class Protocol(NamedTuple):
@@ -30,7 +30,7 @@ class Protocol(NamedTuple):
 
 LONG = "it trains the whole network"
 
-# In the order in which `all` runs them: demo.py takes rows of the last one that applies as the sign of being done.
+# `all` runs them in this order, which nothing else relies on.
 PROTOCOLS: dict[str, Protocol] = {
     "retrieval": Protocol(RetrievalOptions, retrieval, features=False, own_data=True),
     "video": Protocol(VideoOptions, video_segmentation, features=False, own_data=True),

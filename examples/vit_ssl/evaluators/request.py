@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from checkpoint import CHECKPOINT, Run, load_run, random_backbone
-from distributed import device, world_size
-from encoder import Encoder, as_encoder, open_encoder, reinitialized
-from evaluators.features import LIBRARY_SETS, Extraction, features_of
+from evaluators.features.encoder import Encoder, as_encoder, open_encoder, reinitialized
+from evaluators.features.extraction import LIBRARY_SETS, Extraction, features_of
 from evaluators.protocol import Evaluation, Features, FeaturesOf, NotApplicable
+from runtime.distributed import device, world_size
+from training.checkpoint_file import CHECKPOINT
+
+if TYPE_CHECKING:
+    from training.run import Run
 
 Weights = Literal["teacher", "random", "pixels"]
 
@@ -58,7 +61,7 @@ class Request:
 
 def open_evaluation(request: Request) -> Evaluation:
     """Open the checkpoint; images are read when a protocol asks for features."""
-    run = load_run(Path(request.checkpoint), device()) if (Path(request.checkpoint) / CHECKPOINT).is_file() else None
+    run = _open_run(Path(request.checkpoint))
     if run:
         encoder = as_encoder(run.backbone, request.checkpoint, image_size=run.recipe.image_size)
     else:
@@ -96,6 +99,14 @@ def open_evaluation(request: Request) -> Evaluation:
     return Evaluation(chosen, features, request.split, request.data, own, output, dataset)
 
 
+def _open_run(directory: Path) -> Run | None:
+    if not (directory / CHECKPOINT).is_file():
+        return None
+    from training.run import load_run  # here: other checkpoints are opened without the pretraining methods
+
+    return load_run(directory, device())
+
+
 def _dataset(request: Request, run: Run | None) -> str | None:
     own = run.recipe.dataset if run else None
     if request.dataset:
@@ -119,6 +130,8 @@ def _choose(encoder: Encoder, weights: Weights, run: Run | None) -> Encoder | No
         return None
     if run is None:
         return reinitialized(encoder)
+    from training.run import random_backbone  # here, as in `_open_run`
+
     backbone = random_backbone(run.recipe, encoder.model.device)
     return as_encoder(backbone, encoder.source, image_size=encoder.image_size)
 

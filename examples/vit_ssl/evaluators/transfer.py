@@ -14,9 +14,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
-from distributed import is_main
 from evaluators.protocol import Evaluation, Features, Metric
-from evaluators.shares import gather, share
+from runtime.distributed import is_main
+from runtime.shares import gather, share
 
 Score = Callable[[np.ndarray, np.ndarray], float]
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from config import Recipe
-from methods.method import Method, centred_targets, find_head, sample_rows
+from config.recipe import Recipe
+from methods.method import Batch, Method, Statistics, centered_targets, sample_rows
 from methods.network import build_network
-from metrics import target_statistics
+from methods.statistics import center_entropy, target_statistics
 from vmf_heads.compat.dino import DINOLoss
+from vmf_heads.head import find_head
 
 
 class DINO(Method):
@@ -41,20 +41,28 @@ class DINO(Method):
         """Let the loss find the heads in student and teacher; once, after these were wrapped."""
         self.loss.attach(self.student, self.teacher)
 
-    def forward(
-        self, batch: Mapping[str, list[Tensor]], epoch: int, *, commit: bool = True
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """See `Method.forward`; `batch["crops"]` are the crops (B, 3, h, w), the two global ones first."""
-        crops = batch["crops"]
-        with torch.no_grad():
-            teacher_output = self.teacher(crops[:2])
-        student_output = self.student(crops)
+    def forward_teacher(self, batch: Batch) -> Any:
+        """The teacher sees the two global crops, the first of `batch["crops"]`, each (B, 3, h, w)."""
+        return self.teacher(batch["crops"][:2])
+
+    def forward_student(self, batch: Batch, epoch: int) -> Any:
+        """The student sees all crops."""
+        return self.student(batch["crops"])
+
+    def compute_loss(
+        self, student_output: Any, teacher_output: Any, batch: Batch, epoch: int, *, commit: bool = True
+    ) -> tuple[Tensor, Statistics]:
+        """See `Method.compute_loss`."""
         targets = self.loss.targets(sample_rows(teacher_output), epoch)  # before the loss, which moves the centre
         loss = self.loss(student_output, teacher_output, epoch, commit=commit)
-        statistics: dict[str, float | Tensor] = {"teacher_temp": float(self.loss.teacher_temp_schedule[epoch])}
+        statistics: Statistics = {"teacher_temp": float(self.loss.teacher_temp_schedule[epoch])}
         statistics |= target_statistics(targets, loss.detach())
         return loss, statistics | self.kappa_statistics()
 
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
         """Eq. 7 (N, K)."""
-        return centred_targets(self.loss, find_head(self.teacher), scores, epoch)
+        return centered_targets(self.loss, find_head(self.teacher), scores, epoch)
+
+    def center_statistics(self, epoch: int) -> dict[str, Tensor]:
+        """`center_entropy`, see `methods.statistics`."""
+        return {"center_entropy": center_entropy(self.loss.centering, float(self.loss.teacher_temp_schedule[epoch]))}

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backbone import build_backbone, tokens
-from config import Recipe
-from method_settings import IBOTSettings
-from methods.method import Method, centred_targets, find_head, sample_rows
+from config.methods import IBOTSettings
+from config.recipe import Recipe
+from methods.backbone import build_backbone, tokens
+from methods.method import Batch, Method, Statistics, centered_targets, sample_rows
 from methods.network import Network, initialize_mlp
-from metrics import target_statistics
+from methods.statistics import center_entropy, target_statistics
 from vmf_heads.compat.ibot import iBOTHead, iBOTLoss
+from vmf_heads.head import find_head
 
 
 class PatchNetwork(Network):
@@ -71,21 +72,26 @@ class IBOT(Method):
         """Let the loss find the heads in student and teacher; once, after these were wrapped."""
         self.loss.attach(self.student, self.teacher)
 
-    def forward(
-        self, batch: Mapping[str, list[Tensor]], epoch: int, *, commit: bool = True
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """See `Method.forward`; `batch["masks"]` are the masked patches (B, H, W) bool of the two global crops."""
-        crops, masks = batch["crops"], batch["masks"]
-        if epoch < self.settings.mask_start_epoch:
-            masks = [torch.zeros_like(mask) for mask in masks]
-        with torch.no_grad():
-            teacher_output, _ = self.teacher(crops[:2])
-        student_output, student_local = self.student(crops, masks)
+    def forward_teacher(self, batch: Batch) -> Any:
+        """The teacher sees all patches of the two global crops, the first of `batch["crops"]`, each (B, 3, h, w)."""
+        output, _ = self.teacher(batch["crops"][:2])
+        return output
+
+    def forward_student(self, batch: Batch, epoch: int) -> Any:
+        """The student sees all crops, the global ones without the patches that `batch["masks"]` (B, H, W) hide."""
+        return self.student(batch["crops"], self._masks(batch, epoch))
+
+    def compute_loss(
+        self, student_output: Any, teacher_output: Any, batch: Batch, epoch: int, *, commit: bool = True
+    ) -> tuple[Tensor, Statistics]:
+        """See `Method.compute_loss`."""
+        student_output, student_local = student_output
+        masks = self._masks(batch, epoch)
         sample = (sample_rows(teacher_output[0]), sample_rows(teacher_output[1]))
         targets, patch_targets = self.loss.targets(sample, epoch)  # before the loss, which moves the centres
         losses = self.loss(student_output, teacher_output, student_local, masks, epoch, commit=commit)
         cls, patch = losses["cls"].detach(), losses["patch"].detach()
-        statistics: dict[str, float | Tensor] = {
+        statistics: Statistics = {
             "cls_loss": cls,
             "patch_loss": patch,
             "masked": torch.stack([mask.float().mean() for mask in masks]).mean(),
@@ -97,9 +103,22 @@ class IBOT(Method):
         statistics |= {f"patch_{name}": of_patches[name] for name in ("target_entropy", "marginal_entropy")}
         return losses["loss"], statistics | self.kappa_statistics()
 
+    def _masks(self, batch: Batch, epoch: int) -> list[Tensor]:
+        if epoch < self.settings.mask_start_epoch:
+            return [torch.zeros_like(mask) for mask in batch["masks"]]
+        return batch["masks"]
+
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
         """Eq. 7 (N, K)."""
-        return centred_targets(self.loss, find_head(self.teacher), scores, epoch)
+        return centered_targets(self.loss, find_head(self.teacher), scores, epoch)
+
+    def center_statistics(self, epoch: int) -> dict[str, Tensor]:
+        """`center_entropy` of the [CLS] centre and `center2_entropy` of that of the patches."""
+        cls, patch = self.loss.teacher_temp_schedule[epoch], self.loss.teacher_temp2_schedule[epoch]
+        return {
+            "center_entropy": center_entropy(self.loss.centering, float(cls)),
+            "center2_entropy": center_entropy(self.loss.centering2, float(patch)),
+        }
 
 
 def _build_network(recipe: Recipe, settings: IBOTSettings, drop_path: float) -> PatchNetwork:

@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from config import Recipe
-from metrics import kappa_statistics
-from vmf_heads import HeadOutput, VMFPrototypeHead
+from config.recipe import Recipe
+from methods.statistics import kappa_statistics
+from vmf_heads import HeadOutput
+from vmf_heads.centering import teacher_targets
+from vmf_heads.head import PrototypeHead, find_head
+
+Batch = Mapping[str, list[Tensor]]
+"""What the method's `data.views` give, collated."""
+Statistics = dict[str, float | Tensor]
 
 STATISTICS_ROWS = 256
 """Teacher rows whose targets are looked at per step, so that the statistics need no (N, K) of all rows."""
@@ -46,14 +51,28 @@ class Method(nn.Module, ABC):
         """Let the loss find the heads in student and teacher; once, after these were wrapped."""
 
     @abstractmethod
-    def forward(
-        self, batch: Mapping[str, list[Tensor]], epoch: int, *, commit: bool = True
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def forward_teacher(self, batch: Batch) -> Any:
+        """What the teacher's head makes of the crops that the targets come from; to be called without gradients."""
+
+    @abstractmethod
+    def forward_student(self, batch: Batch, epoch: int) -> Any:
+        """What the student's head makes of its crops."""
+
+    @abstractmethod
+    def compute_loss(
+        self, student_output: Any, teacher_output: Any, batch: Batch, epoch: int, *, commit: bool = True
+    ) -> tuple[Tensor, Statistics]:
         """The loss of a micro-batch (a mean over its images), and statistics of its targets and prototypes.
 
-        `batch` is what the method's transform gives, collated. commit=False on all but the last micro-batch of a step
-        lets a centre move once per step, by all of them.
+        Then the centre moves, if there is one. commit=False on all but the last micro-batch of a step lets it move once
+        per step, by all of them.
         """
+
+    def forward(self, batch: Batch, epoch: int, *, commit: bool = True) -> tuple[Tensor, Statistics]:
+        """Teacher, student and loss in a row, which `pretrain.train_step` spells out."""
+        with torch.no_grad():
+            teacher_output = self.forward_teacher(batch)
+        return self.compute_loss(self.forward_student(batch, epoch), teacher_output, batch, epoch, commit=commit)
 
     def prototypes(self) -> nn.Module:
         """The prototypes that the targets come from."""
@@ -62,7 +81,7 @@ class Method(nn.Module, ABC):
     @torch.no_grad()
     def scores(self, features: Tensor) -> Tensor:
         """The teacher's raw scores <w_k, y> (N, K) of backbone features (N, D), whatever output the loss attached."""
-        return self.prototypes()(F.normalize(find_head(self.teacher).mlp(features), dim=1), exact=True)
+        return self.prototypes()(find_head(self.teacher).features(features), exact=True)
 
     @abstractmethod
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
@@ -70,15 +89,11 @@ class Method(nn.Module, ABC):
 
     def kappa_statistics(self) -> dict[str, Tensor]:
         """Quantiles of kappa = ||w|| / student_temp over the student's prototypes."""
-        norms = find_head(self.student).last_layer.norms.detach()
-        # Under FSDP2 the parameters are shards outside of a forward.
-        norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms
-        return kappa_statistics(norms / self.recipe.student_temp)
+        return kappa_statistics(find_head(self.student).last_layer.gathered_norms() / self.recipe.student_temp)
 
-
-def find_head(network: nn.Module) -> VMFPrototypeHead:
-    """The head in `network`, through any wrapper."""
-    return next(module for module in network.modules() if isinstance(module, VMFPrototypeHead))
+    def center_statistics(self, epoch: int) -> dict[str, Tensor]:
+        """Entropy in nats of each centre as it is after the step; a method without a centre has nothing to say."""
+        return {}
 
 
 def sample_rows(output: Tensor | HeadOutput, rows: int = STATISTICS_ROWS) -> Any:
@@ -88,9 +103,12 @@ def sample_rows(output: Tensor | HeadOutput, rows: int = STATISTICS_ROWS) -> Any
     return output._replace(features=sample) if isinstance(output, HeadOutput) else sample
 
 
-def centred_targets(loss: nn.Module, head: VMFPrototypeHead, scores: Tensor, epoch: int) -> Tensor:
-    """Eq. 7 (N, K) of raw scores (N, K), by the schedule and the centre of a `DINOLoss` or `iBOTLoss`."""
+def centered_targets(loss: Any, head: PrototypeHead, scores: Tensor, epoch: int) -> Tensor:
+    """Eq. 7 (N, K) of raw scores (N, K), by the schedule and the [CLS] centre of a `DINOLoss` or `iBOTLoss`."""
     temperature = float(loss.teacher_temp_schedule[epoch])
-    state = loss.state_dict()
-    center = state["log_center"] if "log_center" in state else state["center"].flatten() / temperature
-    return torch.softmax(scores / temperature + head.log_normalizer(temperature) - center, dim=1)
+    return teacher_targets(
+        scores,
+        temperature,
+        log_normalizer=head.log_normalizer(temperature),
+        log_center=loss.centering.offset(temperature),
+    )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import Recipe
-from method_settings import MSNSettings
-from methods.method import Method, find_head
+from config.methods import MSNSettings
+from config.recipe import Recipe
+from methods.method import Batch, Method, Statistics
 from methods.network import build_network
-from metrics import target_statistics
+from methods.statistics import target_statistics
 from vmf_heads import HeadOutput
+from vmf_heads.centering import teacher_targets
 from vmf_heads.compat.msn import init_msn_loss
+from vmf_heads.head import find_head
 
 
 class MSNLoss(nn.Module):
@@ -77,18 +79,20 @@ class MSN(Method):
     def attach(self) -> None:
         """Nothing: the heads return features and prototypes by themselves."""
 
-    def forward(
-        self, batch: Mapping[str, list[Tensor]], epoch: int, *, commit: bool = True
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """See `Method.forward`; `batch["keep"]` are the patches (B, n) int64 that the random anchors show.
+    def forward_teacher(self, batch: Batch) -> Any:
+        """The teacher sees the target, the first of `batch["crops"]`, each (B, 3, h, w)."""
+        return self.teacher(batch["crops"][:1])
 
-        The first of `batch["crops"]` is the target; `commit` has no effect, since there is no centre.
-        """
-        target, *anchors = batch["crops"]
-        with torch.no_grad():
-            target_output = self.teacher([target])
-        loss, parts, targets = self.loss(self.student(anchors, batch["keep"]), target_output.features, epoch)
-        statistics: dict[str, float | Tensor] = {"teacher_temp": float(self.loss.teacher_temp_schedule[epoch])}
+    def forward_student(self, batch: Batch, epoch: int) -> Any:
+        """The student sees the anchors, of the random ones only the patches `batch["keep"]` (B, n) int64."""
+        return self.student(batch["crops"][1:], batch["keep"])
+
+    def compute_loss(
+        self, student_output: Any, teacher_output: Any, batch: Batch, epoch: int, *, commit: bool = True
+    ) -> tuple[Tensor, Statistics]:
+        """See `Method.compute_loss`; `commit` has no effect, since there is no centre."""
+        loss, parts, targets = self.loss(student_output, teacher_output.features, epoch)
+        statistics: Statistics = {"teacher_temp": float(self.loss.teacher_temp_schedule[epoch])}
         statistics |= parts | target_statistics(targets, parts["cross_entropy"])
         return loss, statistics | self.kappa_statistics()
 
@@ -98,6 +102,6 @@ class MSN(Method):
 
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
         """The sharpened predictions (N, K), which Sinkhorn-Knopp then balances over the batch in training."""
-        log_normalizer = find_head(self.student).log_normalizer(self.loss.tau)
-        predictions = torch.log_softmax(scores / self.loss.tau + log_normalizer, dim=1)
-        return torch.softmax(predictions / self.loss.sharpening(epoch), dim=1)
+        # A prediction to the power 1/T is Eq. 6 with all of its exponent divided by T, log C_p included.
+        log_normalizer = find_head(self.student).log_normalizer(self.loss.tau) / self.loss.sharpening(epoch)
+        return teacher_targets(scores, float(self.loss.teacher_temp_schedule[epoch]), log_normalizer=log_normalizer)

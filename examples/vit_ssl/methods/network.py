@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTModel
 
-from backbone import build_backbone, cls_token
-from config import Recipe
+from config.recipe import Recipe
+from methods.backbone import build_backbone, cls_token
 from vmf_heads import VMFPrototypeHead
 
 

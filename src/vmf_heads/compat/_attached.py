@@ -1,33 +1,42 @@
-"""What all losses with a centre are: attached to two heads, and saved under the names of the original's state."""
+"""Base classes of the losses: they find the heads, own the temperatures, and rename the keys of the state dict."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from .._checks import positive
-from ..head import VMFPrototypeHead
-from ._attach import attach_heads, find_head, fused_output, submodule, warn_if_norms_are_frozen
-from ._centre import Centre
-from ._objective import Objective
+from .._checks import at_least, positive
+from .._distributed import is_sharded
+from ..centering import Centering, make_centering
+from ..head import PrototypeHead, find_head
+from ._teacher import TeacherSide
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AttachedLoss(nn.Module):
-    """A loss that works on what the heads of a student and a teacher return, and owns their temperatures."""
+    """A loss that works on what the heads of a student and a teacher return, and owns their temperatures.
 
-    centering: Centre
+    Args:
+        student_temp: the student's temperature.
+        fused: whether the heads shall return features instead of logits and scores.
+        numbers: the numbers of prototypes that both heads must have, by the names of the heads' attributes.
+    """
+
+    centering: Centering
     # Where the centres' buffers stand in the loss, and their names in its state dict.
     STATE_NAMES: ClassVar[dict[str, str]] = {
         "centering.log_center": "log_center",
         "centering.logit_center": "logit_center",  # while the conversion of a loaded centre is pending
         "centering.center": "center",
     }
-    HEAD: ClassVar[type[VMFPrototypeHead]] = VMFPrototypeHead
+    HEAD: ClassVar[type[PrototypeHead]] = PrototypeHead
 
     def __init__(self, student_temp: float, *, fused: bool = False, **numbers: int) -> None:
-        """`numbers`: of the prototypes that both heads must have, by the names of the heads' attributes."""
         super().__init__()
         self._numbers = numbers
         self.student_temp = positive("student_temp", student_temp)
@@ -45,24 +54,75 @@ class AttachedLoss(nn.Module):
         """Find the head in `student` and in `teacher` (through DDP, FSDP or compile) and take over their temperatures.
 
         From now on the student's head returns logits at `student_temp`, the teacher's raw scores. With fused=True both
-        return features, or a `HeadOutput` under FSDP2 and DDP(find_unused_parameters=True). `head` names the submodule
-        to look in where the models hold several heads ("dino_head" in DINOv2). Two losses may share a head whose
-        student temperature they agree on. Calling it again with the same models does nothing.
+        return features, or a `HeadOutput` under FSDP2 and DDP(find_unused_parameters=True). Two losses may share a head
+        whose student temperature they agree on. Calling it again with the same models does nothing.
 
-        Raises ValueError unless there is exactly one head in each and both are of a kind with the loss's numbers of
-        prototypes, RuntimeError if a head already serves another loss in another way; warns if the student's norms are
-        frozen.
+        Args:
+            student: the model that is trained, with one head inside.
+            teacher: its moving average, with one head inside.
+            head: the name of the submodule to look in, where the models hold several heads ("dino_head" in DINOv2).
+
+        Raises:
+            ValueError: there is not exactly one head in each, or they are not of a kind with the loss's numbers of
+                prototypes.
+            RuntimeError: a head already serves another loss in another way.
+
+        Warns if the student's norms are frozen.
         """
-        student_head = find_head(submodule(student, "student", head), "student", self.HEAD)
-        teacher_head = find_head(submodule(teacher, "teacher", head), "teacher", self.HEAD)
+        student_head, teacher_head = self._find(student, "student", head), self._find(teacher, "teacher", head)
         outputs = ("logits", "scores")
         if self.fused:
-            outputs = (fused_output(student, student_head), fused_output(teacher, teacher_head))
-        attach_heads(student_head, teacher_head, outputs=outputs, student_temp=self.student_temp, **self._numbers)
-        warn_if_norms_are_frozen(student_head)
+            outputs = (_fused_output(student, student_head), _fused_output(teacher, teacher_head))
+        self._check_heads(student_head, teacher_head, outputs)
+        for found, output in zip((student_head, teacher_head), outputs, strict=True):
+            found.attach_output(output)
+        student_head.temperature = self.student_temp
+        if student_head.normalizer == "vmf" and not student_head.last_layer.norms_require_grad:
+            warnings.warn(
+                "the student's prototype norms are frozen (norm_last_layer=True): no kappa can change and the vMF "
+                "normalisation does nothing. Build the head with norm_last_layer=False (`--norm_last_layer false` in "
+                "DINO)",
+                UserWarning,
+                stacklevel=2,
+            )
         self._heads = (student_head, teacher_head)
 
+    def _find(self, model: nn.Module, name: str, head: str | None) -> PrototypeHead:
+        """The one head in `model`, or in its outermost submodule called `head`; errors call the model `name`."""
+        where = model
+        if head is not None:
+            modules = dict(model.named_modules(remove_duplicate=False))  # one head may have two names
+            paths = [path for path in modules if path.rpartition(".")[2] == head]
+            if not paths:
+                raise ValueError(
+                    f"`head` (={head!r}) must be the name of a submodule of `{name}` (a {type(model).__name__})"
+                )
+            where = modules[min(paths, key=lambda path: path.count("."))]
+        found = find_head(where, name)
+        if not isinstance(found, self.HEAD):
+            raise ValueError(f"the head in `{name}` (a {type(found).__name__}) must be a {self.HEAD.__name__}")
+        return found
+
+    def _check_heads(self, student: PrototypeHead, teacher: PrototypeHead, outputs: tuple[str, str]) -> None:
+        """Raise unless the two heads can serve this loss; neither of them has been changed yet."""
+        if student is teacher:
+            raise ValueError("`student` and `teacher` must have a head each: theirs is the same object")
+        for name, expected in {"normalizer": student.normalizer, **self._numbers}.items():
+            for whose, found in (("student", getattr(student, name)), ("teacher", getattr(teacher, name))):
+                if found != expected:
+                    owner = "the student's" if name == "normalizer" else "the loss's"
+                    raise ValueError(f"`{name}` of the {whose}'s head (={found!r}) must be {owner} (={expected!r})")
+        if student.is_attached and student.temperature != self.student_temp:
+            raise RuntimeError(
+                f"`student_temp` (={self.student_temp}) must be {student.temperature}, which another loss "
+                "attached to the same head uses; call `head.release()` when that loss is no longer used"
+            )
+        for head, output in zip((student, teacher), outputs, strict=True):
+            if head.is_attached and head.output != output:
+                head.attach_output(output)  # raises
+
     def _attached(self) -> tuple[Any, Any]:
+        """The heads of student and teacher, whose temperature is still the loss's."""
         if self._heads is None:
             raise RuntimeError("call `attach(student, teacher)` once before the loss: it owns the heads' temperatures")
         found = self._heads[0].temperature
@@ -73,13 +133,10 @@ class AttachedLoss(nn.Module):
             )
         return self._heads
 
-    def _objective(self, centering: Centre, temperature: float, norms: Tensor | None) -> Objective:
-        """The objective of this centre; `norms` (K,) of the prototypes that the teacher's last forward used."""
-        if norms is None:
-            raise RuntimeError("the attached teacher's head has not run: call the teacher before the loss")
-        student, teacher = self._attached()
-        log_normalizer = teacher.log_normalizer(temperature, norms.detach())
-        return Objective(centering, temperature, log_normalizer, exact=student.logits_dtype is not None)
+    def _teacher_side(self, centering: Centering, temperature: float, layer: str = "last_layer") -> TeacherSide:
+        """How the teacher's output is read now, with this centre and the prototypes called `layer`."""
+        head = self._attached()[1]
+        return TeacherSide(centering, temperature, head, getattr(head, layer))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_heads": None}  # a copy is not attached and does not carry the models along
@@ -93,6 +150,65 @@ class AttachedLoss(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _rename_keys(state_dict, prefix, {outside: inside for inside, outside in self.STATE_NAMES.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SingleCenterLoss(AttachedLoss):
+    """A loss with one centre that is told the teacher's temperature with every call, as in lightly and DINOv2.
+
+    State dict: `log_center` (K,) with probability centring (Eq. 9); `center`, of the original's shape, with logit
+    centring (Eq. 8). A `center` of the original loads into either.
+
+    Args:
+        out_dim: number of prototypes K.
+        student_temp: the student's temperature.
+        center_momentum: momentum of the centre.
+        center_shape: of the original's buffer.
+        centering: "probability" or "logit".
+        center_on: see `ProbabilityCentering`.
+        process_group: the ranks that share one centre.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float,
+        center_momentum: float,
+        center_shape: tuple[int, ...],
+        centering: str,
+        center_on: str,
+        process_group: ProcessGroup | None,
+    ) -> None:
+        super().__init__(student_temp, num_prototypes=at_least("out_dim", out_dim, 1))
+        self.num_prototypes = out_dim
+        self.center_momentum = center_momentum
+        self.centering = make_centering(
+            center_shape, center_momentum, centering=centering, center_on=center_on, process_group=process_group
+        )
+
+    def _targets(self, name: str, scores: Tensor, temperature: float) -> Tensor:
+        """Eq. 7 (..., K) of the teacher's raw scores (..., K), which errors call `name`; the centre stays as it is."""
+        self._check_columns(name, scores)
+        return self._teacher_side(self.centering, temperature).targets(scores)
+
+    def _accumulate(self, name: str, scores: Tensor, temperature: float) -> None:
+        """Add these scores (..., K), which errors call `name`, to what the next step of the centre averages."""
+        self._check_columns(name, scores)
+        self._teacher_side(self.centering, temperature).accumulate_(scores)
+
+    def _check_columns(self, name: str, tensor: Tensor) -> None:
+        if tensor.dim() < 2 or tensor.shape[-1] != self.num_prototypes:
+            raise ValueError(f"`{name}` (of shape {tuple(tensor.shape)}) must be (..., {self.num_prototypes})")
+
+
+def _fused_output(model: nn.Module, head: PrototypeHead) -> str:
+    """The output that a fused loss asks of `head`: plain features, or a `HeadOutput` where those would not do.
+
+    With plain features the loss reads the prototypes from the head, outside the model's forward. FSDP2 gives such a
+    read silently wrong gradients, and DistributedDataParallel(find_unused_parameters=True) counts them as unused.
+    """
+    finds_unused = any(getattr(module, "find_unused_parameters", False) for module in model.modules())
+    sharded = any(is_sharded(parameter) for parameter in head.last_layer.parameters())
+    return "prototypes" if finds_unused or sharded else "features"
 
 
 def _use_the_names_of_the_state(loss: AttachedLoss, incompatible_keys: Any) -> None:

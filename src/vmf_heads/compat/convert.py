@@ -30,7 +30,7 @@ def logit_center(
 
     Raises ValueError if the temperature is not > 0 or `log_center` and the prototypes differ in number.
 
-    Source: Govindarajan et al., ICLR 2023, Eq. 7 and Eq. 8.
+    Reference: Govindarajan et al., ICLR 2023, Eq. 7 and Eq. 8.
 
     >>> import torch
     >>> from vmf_heads.compat.convert import logit_center

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from .._checks import at_least
 from .._matmul import at_least_float32
+from ..centering import make_centering
 from ..cross_entropy import dino_pairs
-from ..head import HeadOutput, VMFPrototypeHead
+from ..head import VMFPrototypeHead
+from ..prototypes import HeadOutput
 from ._attached import AttachedLoss
-from ._centre import make_centre
-from ._objective import Objective, features_of, with_prototypes
+from ._teacher import TeacherSide, features_of, with_prototypes
 from ._temperature import temperature_at, temperature_schedule
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ class DINOLoss(AttachedLoss):
 
     Raises:
         ValueError, TypeError: an argument is out of its range or an output has the wrong shape.
-        RuntimeError: called before `attach`, or the teacher's head has not run.
+        RuntimeError: called before `attach`.
 
-    Source: Govindarajan et al., ICLR 2023, Eq. 6, 7, 8 and 9; Caron et al., ICCV 2021.
+    Reference: Govindarajan et al., ICLR 2023, Eq. 6, 7, 8 and 9; Caron et al., ICCV 2021.
 
     >>> import torch
     >>> from vmf_heads.compat.dino import DINOHead, DINOLoss
@@ -110,7 +111,7 @@ class DINOLoss(AttachedLoss):
         self.teacher_temp_schedule = temperature_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
-        self.centering = make_centre(
+        self.centering = make_centering(
             (1, out_dim), center_momentum, centering=centering, center_on=center_on, process_group=process_group
         )
 
@@ -133,15 +134,14 @@ class DINOLoss(AttachedLoss):
                 f"`student_output` (of {student_rows} rows) must have `ncrops` (={self.ncrops}) rows per image and "
                 f"`teacher_output` (of {teacher_rows} rows) 2, crop by crop"
             )
-        teacher, objective = self._teacher(teacher_output, epoch)
+        teacher, side = self._read(teacher_output, epoch)
         if isinstance(teacher, HeadOutput):
-            head = self._attached()[0]
-            student = with_prototypes(student_output, head.last_layer)
-            targets, weights = dino_pairs(teacher_rows // 2, self.ncrops, device=student.features.device)
-            loss = objective.cross_entropy(student, teacher, head, targets=targets, weights=weights)
+            student = with_prototypes(student_output, self._attached()[0].last_layer)
+            pairs, weights = dino_pairs(teacher_rows // 2, self.ncrops, device=student.features.device)
+            loss = side.cross_entropy(student, teacher, self.student_temp, teacher_rows=pairs, weights=weights)
         else:
-            loss = self._cross_entropy(features_of(student_output), objective.targets(teacher))
-            objective.accumulate_(teacher)
+            loss = self._cross_entropy(features_of(student_output), side.targets(teacher))
+            side.accumulate_(teacher)
         if commit:
             self.centering.commit_()
         return loss
@@ -149,8 +149,8 @@ class DINOLoss(AttachedLoss):
     @torch.no_grad()
     def targets(self, teacher_output: Tensor | HeadOutput, epoch: int) -> Tensor:
         """The teacher's probabilities P_t (N, K) for any N rows of its output, Eq. 7; the centre stays as it is."""
-        teacher, objective = self._teacher(teacher_output, epoch)
-        return objective.targets(teacher)
+        teacher, side = self._read(teacher_output, epoch)
+        return side.targets(teacher)
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor | HeadOutput, epoch: int, *, commit: bool = True) -> None:
@@ -158,8 +158,8 @@ class DINOLoss(AttachedLoss):
 
         commit=False only adds the batch to those that the next step will average.
         """
-        teacher, objective = self._teacher(teacher_output, epoch)
-        objective.accumulate_(teacher)
+        teacher, side = self._read(teacher_output, epoch)
+        side.accumulate_(teacher)
         if commit:
             self.centering.commit_()
 
@@ -173,15 +173,12 @@ class DINOLoss(AttachedLoss):
         return total / (2 * self.ncrops - 2)
 
     @torch.no_grad()
-    def _teacher(self, output: Tensor | HeadOutput, epoch: int) -> tuple[Tensor | HeadOutput, Objective]:
+    def _read(self, output: Tensor | HeadOutput, epoch: int) -> tuple[Tensor | HeadOutput, TeacherSide]:
         """The teacher's output, with its prototypes if `fused`, and how it is read at this epoch."""
         head = self._attached()[1]
         columns = head.bottleneck_dim if self.fused else self.num_prototypes
         shape = features_of(output).shape
         if shape[1:] != (columns,):
             raise ValueError(f"`teacher_output` (of shape {tuple(shape)}) must be (N, {columns})")
-        temperature = temperature_at(self.teacher_temp_schedule, epoch)
-        if not self.fused:
-            return features_of(output), self._objective(self.centering, temperature, head.last_prototype_norms)
-        output = with_prototypes(output, head.last_layer)
-        return output, self._objective(self.centering, temperature, output.norms)
+        side = self._teacher_side(self.centering, temperature_at(self.teacher_temp_schedule, epoch))
+        return (with_prototypes(output, side.layer) if self.fused else features_of(output)), side

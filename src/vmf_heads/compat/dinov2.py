@@ -25,7 +25,7 @@ from torch import Tensor
 from .._checks import positive
 from .._matmul import at_least_float32
 from ..head import VMFPrototypeHead
-from ._centred import CentredLoss
+from ._attached import SingleCenterLoss
 from ._sinkhorn import sinkhorn_knopp
 
 if TYPE_CHECKING:
@@ -72,25 +72,14 @@ class DINOHead(VMFPrototypeHead):
         )
 
 
-class _TeacherSide(CentredLoss):
+class _LateCenterLoss(SingleCenterLoss):
     """The teacher's side of DINOv2's two losses: its targets by centring or Sinkhorn-Knopp, and the late centre.
 
     As in DINOv2 a batch enters the centre when the targets of the next one are asked for.
     """
 
-    def __init__(
-        self,
-        out_dim: int,
-        student_temp: float,
-        center_momentum: float,
-        center_shape: tuple[int, ...],
-        centering: str,
-        center_on: str,
-        process_group: ProcessGroup | None,
-    ) -> None:
-        super().__init__(out_dim, student_temp, center_momentum, center_shape, centering, center_on, process_group)
-        self.updated = True
-        self._teacher_temp: float | None = None
+    updated = True  # DINOv2's name: whether no update of the centre is pending
+    _teacher_temp: float | None = None
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
@@ -98,6 +87,7 @@ class _TeacherSide(CentredLoss):
 
         The temperature is remembered for `update_center`, which DINOv2 does not tell it.
         """
+        self._attached()  # raises before anything changes
         self._teacher_temp = positive("teacher_temp", teacher_temp)
         self.apply_center_update()
         return self._targets("teacher_output", teacher_output, teacher_temp)
@@ -138,7 +128,7 @@ class _TeacherSide(CentredLoss):
         return torch.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
 
 
-class DINOLoss(_TeacherSide):
+class DINOLoss(_LateCenterLoss):
     """DINOv2's loss on [CLS] tokens for vMF heads. Experimental.
 
     With heads of prototype norm 1 and centering="logit" (or under Sinkhorn-Knopp) it is DINOv2's own loss.
@@ -156,9 +146,9 @@ class DINOLoss(_TeacherSide):
 
     Raises:
         ValueError, TypeError: an argument is out of its range or a tensor has the wrong shape.
-        RuntimeError: called before `attach`, or the teacher's head has not run.
+        RuntimeError: called before `attach`.
 
-    Source: Oquab et al., TMLR 2024; Govindarajan et al., ICLR 2023, Eq. 6, 7, 8 and 9.
+    Reference: Oquab et al., TMLR 2024; Govindarajan et al., ICLR 2023, Eq. 6, 7, 8 and 9.
 
     >>> import torch
     >>> from vmf_heads.compat.dinov2 import DINOHead, DINOLoss
@@ -209,7 +199,7 @@ class DINOLoss(_TeacherSide):
         return total
 
 
-class iBOTPatchLoss(_TeacherSide):
+class iBOTPatchLoss(_LateCenterLoss):
     """DINOv2's loss on masked patches for vMF heads. Experimental.
 
     With heads of prototype norm 1 and centering="logit" (or under Sinkhorn-Knopp) it is DINOv2's own loss.
@@ -223,9 +213,9 @@ class iBOTPatchLoss(_TeacherSide):
 
     Raises:
         ValueError, TypeError: an argument is out of its range or a tensor has the wrong shape.
-        RuntimeError: called before `attach`, or the teacher's head has not run.
+        RuntimeError: called before `attach`.
 
-    Source: Oquab et al., TMLR 2024; Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9, appendix A.5.
+    Reference: Oquab et al., TMLR 2024; Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9, appendix A.5.
     """
 
     def __init__(

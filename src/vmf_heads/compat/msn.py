@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .._checks import at_least, positive
 from .._distributed import all_reduce_sum_
 from .._matmul import at_least_float32, without_autocast
-from .._prototypes import prototype_log_normalizer
+from ..prototypes import prototype_log_normalizer
 from ._sinkhorn import sinkhorn_knopp
 
 __all__ = ["init_msn_loss"]
@@ -73,7 +73,7 @@ def init_msn_loss(num_views: int = 1, tau: float = 0.1, me_max: bool = True, ret
     Raises:
         ValueError: an argument is out of its range or a shape does not fit.
 
-    Source: Assran et al., ECCV 2022, for the loss; Govindarajan et al., ICLR 2023, Eq. 6, for the prediction.
+    Reference: Assran et al., ECCV 2022, for the loss; Govindarajan et al., ICLR 2023, Eq. 6, for the prediction.
 
     >>> import torch
     >>> from vmf_heads.compat.msn import init_msn_loss

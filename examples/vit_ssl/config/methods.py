@@ -1,0 +1,57 @@
+"""The sections of a recipe that only one method has."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from config.settings import Ranges, check_ranges, is_share
+
+
+@dataclasses.dataclass(frozen=True)
+class IBOTSettings:
+    """What iBOT adds to DINO: masked patches and their objective (Zhou et al., 2022; appendix A.5 of the paper)."""
+
+    mask_probability: float  # of a global crop to have masked patches at all
+    mask_ratio: tuple[float, float]  # of its patches, drawn uniformly; iBOT's 0.3 with variance 0.2 is 0.1 to 0.5
+    mask_start_epoch: int  # before it nothing is masked
+    shared_head: bool  # whether [CLS] and patches have the same prototypes
+    patch_out_dim: int  # prototypes of the patches, K2; with a shared head out_dim
+    patch_teacher_temp_warmup: float  # over teacher_temp_warmup_epochs, from mask_start_epoch on
+    patch_teacher_temp: float
+    patch_center_momentum: float
+    cls_weight: float  # of the [CLS] objective in the loss, lambda_1
+    patch_weight: float  # of the patches' objective, lambda_2
+
+    def __post_init__(self) -> None:
+        check_ranges(self, _IBOT_RANGES, "ibot.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MSNSettings:
+    """What MSN has of its own (Assran et al., 2022); the sharpening T is teacher_temp / student_temp.
+
+    One global crop is the target. The others and the local crops, MSN's focal views, are the anchors.
+    """
+
+    rand_views: int  # anchors among the global crops, in addition to the target
+    patch_drop: float  # share of the patches of such an anchor that are left out
+    me_max_weight: float  # of ln K - entropy of the anchors' mean prediction, which keeps the prototypes in use
+    entropy_weight: float  # of the mean entropy of the anchors' predictions
+    sinkhorn: bool  # whether Sinkhorn-Knopp balances the targets over the prototypes
+
+    def __post_init__(self) -> None:
+        check_ranges(self, _MSN_RANGES, "msn.")
+
+
+_IBOT_RANGES: Ranges = (
+    (("mask_probability", "patch_center_momentum"), "in [0, 1]", is_share),
+    (("mask_ratio",), "(low, high) with 0 <= low <= high <= 1", lambda ratio: 0 <= ratio[0] <= ratio[1] <= 1),
+    (("mask_start_epoch", "patch_weight"), "at least 0", lambda value: value >= 0),
+    (("patch_out_dim",), "at least 1", lambda value: value >= 1),
+    (("patch_teacher_temp_warmup", "patch_teacher_temp", "cls_weight"), "positive", lambda value: value > 0),
+)
+_MSN_RANGES: Ranges = (
+    (("rand_views",), "at least 1", lambda value: value >= 1),
+    (("patch_drop",), "in [0, 1)", lambda value: 0 <= value < 1),
+    (("me_max_weight", "entropy_weight"), "at least 0", lambda value: value >= 0),
+)

@@ -1,0 +1,176 @@
+"""A pretraining recipe: every setting of a run in one frozen dataclass, read from recipes/NAME.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from config.methods import IBOTSettings, MSNSettings
+from config.settings import Ranges, check_fields, check_ranges, flat, is_share, plain, read_settings
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All settings of one pretraining run; there are no defaults, so a recipe file hides nothing.
+
+    The names and meanings are those of DINO's command line (Caron et al., 2021). Raises ValueError when a value is
+    out of range.
+    """
+
+    name: str
+    method: Literal["dino", "ibot", "msn"]
+    dataset: Literal["photos", "digits", "folder", "hub", "stream"]
+    seed: int
+    num_workers: int  # data loading processes; changes the speed alone, or the order of a stream
+    precision: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 autocast on CUDA, float32 elsewhere
+    save_every: int  # epochs between checkpoints; one is also written at the end and on SIGTERM or SIGINT
+
+    # Multi-crop: two global views and `num_local_crops` local ones; scales are shares of the image's area.
+    image_size: int  # pixels of a global crop, and of an image at evaluation
+    local_size: int  # pixels of a local crop
+    num_local_crops: int
+    global_scale: tuple[float, float]
+    local_scale: tuple[float, float]
+    color_strength: float  # 1: the colour jitter of DINO and BYOL; 0: none
+    saturation: float  # the jitter of the saturation at strength 1; DINO 0.2, MSN 0.4
+    blur_strength: float  # 1: the Gaussian blur radii of DINO, meant for 224 pixels; 0: none
+    blur_prob: tuple[float, float, float]  # of the first global view, the other global ones, the local ones
+    solarize_prob: float  # of the global views but the first; DINO 0.2
+    grayscale_prob: float  # of every view; DINO 0.2
+
+    # Backbone: a transformers ViTModel.
+    patch_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    initializer_range: float  # standard deviation of the initial weights, also of the head's MLP; DINO 0.02
+    drop_path: float  # stochastic depth of the student's last layer, rising linearly from 0 at the first
+
+    # Projection head and prototypes.
+    normalization: Literal["none", "l2", "vmf"]  # of the prototypes, Table 1; MSN's own is l2
+    out_dim: int  # prototypes, K
+    hidden_dim: int
+    bottleneck_dim: int
+    head_layers: int
+    use_bn_in_head: bool
+
+    # Loss.
+    centering: Literal["logit", "probability", "none"]  # Eq. 8, Eq. 9, or none, as in MSN, which has me-max instead
+    center_momentum: float  # without effect where there is no centre
+    student_temp: float
+    teacher_temp_warmup: float
+    teacher_temp: float
+    teacher_temp_warmup_epochs: int
+    fused_loss: bool  # loss and gradients without the (N, K) logits: less memory, the same numbers to rounding
+
+    # Optimisation.
+    epochs: int
+    batch_size: int  # images per step, over all processes
+    lr: float  # peak for a batch of 256; the peak used is lr * batch_size / 256
+    min_lr: float  # at the last step, not scaled
+    warmup_epochs: int
+    warmup_start_lr: float  # at the first step, not scaled; DINO 0
+    weight_decay: float
+    weight_decay_end: float
+    decay_prototypes: bool  # whether the weight decay is for prototypes, too; DINO and iBOT yes, MSN no
+    momentum_teacher: float  # of the EMA teacher, rising to 1
+    momentum_schedule: Literal["cosine", "linear"]  # how it rises; MSN linearly
+    schedule_stretch: float  # lr, weight decay and momentum end after so many times `epochs`; DINO 1, MSN 1.25
+    freeze_last_layer_epochs: int
+    clip_grad: float  # largest gradient norm; 0: no clipping
+    clip_grad_over: Literal["parameter", "network"]  # of each parameter, or as in MSN of all but prototypes
+
+    # What only one method has; null for the others.
+    ibot: IBOTSettings | None
+    msn: MSNSettings | None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, _RANGES)
+        whole_patches = f"a multiple of `patch_size` (={self.patch_size})"
+        check_fields(self, ("image_size", "local_size"), whole_patches, lambda size: size % self.patch_size == 0)
+        whole_heads = f"a multiple of `num_attention_heads` (={self.num_attention_heads})"
+        check_fields(self, ("hidden_size",), whole_heads, lambda size: size % self.num_attention_heads == 0)
+        within = f"at most `epochs` (={self.epochs})"
+        check_fields(self, ("warmup_epochs", "teacher_temp_warmup_epochs"), within, lambda n: n <= self.epochs)
+        self._check_method()
+
+    def _check_method(self) -> None:
+        of_method = f"with `method` (={self.method!r})"
+        for name in ("ibot", "msn"):
+            if self.method == name and getattr(self, name) is None:
+                raise ValueError(f"`{name}` (=None) must hold that method's settings {of_method}")
+            if self.method != name and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` must be null {of_method}")
+        if self.method == "msn":
+            check_fields(self, ("centering",), f"'none' {of_method}", lambda centering: centering == "none")
+            check_fields(self, ("normalization",), f"'l2' or 'vmf' {of_method}", lambda kind: kind != "none")
+            check_fields(self, ("fused_loss",), f"false {of_method}, whose K is small", lambda fused: not fused)
+        else:
+            check_fields(self, ("centering",), f"'logit' or 'probability' {of_method}", lambda kind: kind != "none")
+        if self.ibot is not None:
+            start, shared = self.ibot.mask_start_epoch, self.ibot.shared_head
+            left = f"at most `epochs` (={self.epochs}) - `ibot.mask_start_epoch` (={start})"
+            check_fields(self, ("teacher_temp_warmup_epochs",), left, lambda epochs: epochs <= self.epochs - start)
+            same = f"`out_dim` (={self.out_dim}) with a shared head"
+            check_fields(
+                self.ibot, ("patch_out_dim",), same, lambda size: not shared or size == self.out_dim, section="ibot."
+            )
+
+
+_COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "out_dim", "hidden_dim", "bottleneck_dim")
+_SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers")
+_NOT_NEGATIVE = ("seed", "num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
+_NOT_NEGATIVE += ("teacher_temp_warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "warmup_start_lr")
+_RANGES: Ranges = (
+    (_COUNTS + _SIZES, "at least 1", lambda value: value >= 1),
+    (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
+    (("lr", "initializer_range", "student_temp", "teacher_temp", "teacher_temp_warmup"), "positive", lambda x: x > 0),
+    (("momentum_teacher", "center_momentum"), "in [0, 1]", is_share),
+    (("drop_path",), "in [0, 1)", lambda value: 0 <= value < 1),
+    (("schedule_stretch",), "at least 1", lambda value: value >= 1),
+)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read recipes/NAME.yaml, or the file at a path, with some fields replaced; "msn.patch_drop" is one in a section.
+
+    Raises FileNotFoundError naming the recipes there are, and ValueError for missing, unknown or mistyped fields.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise FileNotFoundError(f"no recipe `{name_or_path}`: expected the path of a .yaml file or one of {known}")
+    settings = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold `field: value` lines")
+    for name, value in (overrides or {}).items():
+        section, _, field = name.rpartition(".")
+        if section and not isinstance(settings.get(section), dict):
+            raise ValueError(f"{path.name}: no section {section} to set {field} in")
+        (settings[section] if section else settings)[field] = value
+    return recipe_from_dict(settings, source=path.name)
+
+
+def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """The recipe with these settings; every field must be there, with a value of the field's type."""
+    return read_settings(Recipe, settings, source)
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every setting; `load_recipe(path)` gives the same recipe."""
+    path.write_text(yaml.safe_dump(plain(recipe), sort_keys=False))
+
+
+def differences(requested: Recipe, saved: Recipe) -> list[str]:
+    """One line for each field that makes the two recipes different runs (`num_workers` does not)."""
+    here, there = flat(requested), flat(saved)
+    names = [name for name in here | there if name != "num_workers" and here.get(name) != there.get(name)]
+    return [f"{name}: {there.get(name)!r} in the run, {here.get(name)!r} requested" for name in names]

@@ -1,0 +1,166 @@
+"""The images: photographs from the scikit-image wheel, digits of scikit-learn, a folder of class folders, hub sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from data.files import open_image
+from data.hub import load_hub
+
+NAMES = ("photos", "digits", "folder", "hub")
+SPLITS = ("train", "val", "test")
+
+CELL = 32
+"""Side of a photograph's cells in pixels; also the width of the unused margin between its regions."""
+
+# Of the images in the wheel these are photographs with enough texture to tell them apart. Left out: drawings, synthetic
+# and reconstructed images, silhouettes, text, faces of 25 px, and `motorcycle_right`, the scene of `motorcycle_left`.
+PHOTOS = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+TREE = "expected PATH/{train,val,test}/CLASS/*.jpg, or PATH/CLASS/*.jpg where everything is the train split"
+
+
+@dataclass(frozen=True)
+class Images(Dataset):
+    """One split: `images[i]` is `(PIL image in RGB, label)`; `labels` (N,) int64 index `classes`.
+
+    Files are opened when they are asked for: an unreadable or truncated one raises OSError with its path.
+    """
+
+    name: str
+    split: str
+    classes: list[str]
+    labels: np.ndarray
+    items: Sequence[Image.Image | Path]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        item = self.items[index]
+        return (open_image(item).convert("RGB") if isinstance(item, Path) else item), int(self.labels[index])
+
+
+def load_images(name: str, split: str, *, data: Path | None = None) -> Images:
+    """Load one split of a data set; the same call always gives the same images in the same order.
+
+    - `"photos"`: `CELL` px cells of 14 photographs, labelled with the photograph they are from: 1509 train, 636 val and
+      837 test images. The columns of cells of a photograph are, from left to right: test, an unused margin, train, an
+      unused margin, val. So no two cells share a pixel, and train pixels are at least `CELL` px away from those of val
+      and test. A home-made task: cells of one photograph share colour and light, so print raw pixels and a random
+      network beside any result. The photographs come inside the scikit-image wheel; their authors and licences are in
+      the docstrings of `skimage.data`, e.g. `help(skimage.data.astronaut)`.
+    - `"digits"`: scikit-learn's 1797 handwritten digits, enlarged from 8 to 32 px; 60/20/20 per cent, stratified.
+    - `"folder"`: the images in `data`/SPLIT/CLASS/, or in `data`/CLASS/ where everything is the train split.
+    - `"hub"`: the set that `datasets.load_dataset` opens under the name `data`, e.g. uoft-cs/cifar10, or a local folder
+      of parquet files; its validation split is our val.
+
+    Raises:
+        ValueError: `name` or `split` is unknown, or `data` is missing for a folder or hub set or given for another.
+        FileNotFoundError: the folder holds no images in the expected tree.
+    """
+    if name not in NAMES:
+        raise ValueError(f"`name` (={name!r}) must be one of {', '.join(NAMES)}")
+    if split not in SPLITS:
+        raise ValueError(f"`split` (={split!r}) must be one of {', '.join(SPLITS)}")
+    if name == "folder":
+        if data is None:
+            raise ValueError(f"`data` (=None) must be the path of a folder of images: {TREE}")
+        return _folder(split, Path(data))
+    if name == "hub":
+        if data is None:
+            raise ValueError("`data` (=None) must be the name of an image set of the hub, e.g. uoft-cs/cifar10")
+        items, labels, classes = load_hub(str(data), split)
+        return Images("hub", split, classes, labels, items)
+    if data is not None:
+        raise ValueError(f"`data` (={str(data)!r}) is only for the data sets 'folder' and 'hub', not for {name!r}")
+    return _photos(split) if name == "photos" else _digits(split)
+
+
+def split_columns(columns: int) -> dict[str, range]:
+    """Columns of cells of each split; the two columns between them (the margins) belong to none."""
+    test = round(0.28 * (columns - 2))
+    val = round(0.22 * (columns - 2))
+    return {"test": range(test), "train": range(test + 1, columns - val - 1), "val": range(columns - val, columns)}
+
+
+@cache
+def load_photo(filename: str) -> Image.Image:
+    """One photograph in RGB; halved where its longer side is over 800 px, so that it does not outnumber the others."""
+    import skimage.data
+
+    # By path: skimage.data's functions may try to download.
+    photo = open_image(Path(skimage.data.__file__).parent / filename).convert("RGB")
+    return photo.reduce(2) if max(photo.size) > 800 else photo
+
+
+def _photos(split: str) -> Images:
+    cells, labels = [], []
+    for label, filename in enumerate(PHOTOS):
+        photo = load_photo(filename)
+        for row in range(photo.height // CELL):
+            for column in split_columns(photo.width // CELL)[split]:
+                x, y = column * CELL, row * CELL
+                cell = photo.crop((x, y, x + CELL, y + CELL))
+                # A blank cell (the black around the retina, an overcast sky) does not show which photograph it is from.
+                if np.ptp(np.asarray(cell.convert("L"))) >= 8:
+                    cells.append(cell)
+                    labels.append(label)
+    return Images("photos", split, [Path(name).stem for name in PHOTOS], np.array(labels, np.int64), cells)
+
+
+def _digits(split: str) -> Images:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    rest, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    train, val = train_test_split(rest, test_size=0.25, stratify=labels[rest], random_state=0)
+    index = np.sort({"train": train, "val": val, "test": test}[split])
+    grey = (pixels[index].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    items = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for image in grey]
+    return Images("digits", split, [str(digit) for digit in range(10)], labels[index].astype(np.int64), items)
+
+
+def _folder(split: str, root: Path) -> Images:
+    if not root.is_dir():
+        raise FileNotFoundError(f"`data` (={str(root)!r}) is not a folder: {TREE}")
+    present = [name for name in SPLITS if (root / name).is_dir()]
+    if present and split not in present:
+        raise FileNotFoundError(f"`data` (={str(root)!r}) has no folder {split!r}: {TREE}")
+    if not present and split != "train":
+        raise FileNotFoundError(f"`data` (={str(root)!r}) has no split folders, so there is no {split!r} split: {TREE}")
+    # The classes of all splits together, so that a label means the same class in each of them.
+    tops = [root / name for name in present] or [root]
+    classes = sorted({folder.name for top in tops for folder in top.iterdir() if folder.is_dir()})
+    top = root / split if present else root
+    items, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (top / name).glob("*") if path.suffix.lower() in SUFFIXES)
+        items += found
+        labels += [label] * len(found)
+    if not items:
+        raise FileNotFoundError(f"no images ({', '.join(sorted(SUFFIXES))}) in {str(top)!r}: {TREE}")
+    return Images("folder", split, classes, np.array(labels, np.int64), items)

@@ -1,0 +1,79 @@
+"""What one image becomes in each method: views, and which of their patches are hidden."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from config.recipe import Recipe
+from data.augment import MultiCrop
+from data.masking import block_mask, kept_patches
+
+
+def multi_crop(recipe: Recipe) -> MultiCrop:
+    """The crops of a recipe and their augmentation."""
+    return MultiCrop(
+        recipe.image_size,
+        recipe.local_size,
+        recipe.num_local_crops,
+        num_global=2 if recipe.msn is None else 1 + recipe.msn.rand_views,
+        global_scale=recipe.global_scale,
+        local_scale=recipe.local_scale,
+        color_strength=recipe.color_strength,
+        saturation=recipe.saturation,
+        blur_strength=recipe.blur_strength,
+        blur_prob=recipe.blur_prob,
+        solarize_prob=recipe.solarize_prob,
+        grayscale_prob=recipe.grayscale_prob,
+    )
+
+
+class Views:
+    """{"crops": [(3, h, w), ...]}, the global crops first: all that DINO needs.
+
+    Calls take a PIL image in RGB and a `random.Random`, from which all randomness comes.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.multi_crop = multi_crop(recipe)
+        self.patches = recipe.image_size // recipe.patch_size  # on a side of a global crop
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
+        """The sample of `image`."""
+        return {"crops": self.multi_crop(image, rng)}
+
+
+class MaskedViews(Views):
+    """And {"masks": [(H, W) bool for each of the two global crops]}, of which iBOT's student sees the rest."""
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
+        """The sample of `image`."""
+        return super().__call__(image, rng) | {"masks": [self._mask(rng) for _ in range(2)]}
+
+    def _mask(self, rng: random.Random) -> Tensor:
+        settings: Any = self.recipe.ibot
+        masked = rng.random() < settings.mask_probability
+        return block_mask(self.patches, self.patches, rng.uniform(*settings.mask_ratio) if masked else 0.0, rng)
+
+
+class PartialViews(Views):
+    """And {"keep": [(n,) int64 for each of MSN's random anchors]}: the patches the student sees of it."""
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
+        """The sample of `image`; its first crop is the target, the next ones are the random anchors."""
+        settings: Any = self.recipe.msn
+        sample = super().__call__(image, rng)
+        keep = [kept_patches(self.patches**2, settings.patch_drop, rng) for _ in range(settings.rand_views)]
+        return sample | {"keep": keep}
+
+
+_VIEWS: dict[str, type[Views]] = {"dino": Views, "ibot": MaskedViews, "msn": PartialViews}
+
+
+def build_views(recipe: Recipe) -> Views:
+    """What makes a sample of an image for the recipe's method; PyTorch's collation makes batches of the samples."""
+    return _VIEWS[recipe.method](recipe)

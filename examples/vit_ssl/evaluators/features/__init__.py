@@ -1,0 +1,1 @@
+"""Frozen features: the encoders they come from, their extraction, and their cache."""

@@ -1,0 +1,161 @@
+"""A frozen vision transformer as the evaluations use it, from a run, a transformers model or an original .pth file."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from evaluators.features.position_embeddings import interpolate_as_dino
+from evaluators.features.public_checkpoints import open_public_checkpoint
+from training.checkpoint_file import CHECKPOINT
+
+SOURCES = (
+    "the --output directory of pretrain.py, a folder or hub name that transformers' AutoModel opens, or an original "
+    "checkpoint (.pth) of DINO, iBOT or MSN"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A frozen vision transformer with a [CLS] token, in eval mode and without gradients of its weights."""
+
+    model: PreTrainedModel
+    """A transformers ViTModel, ViTMSNModel, Dinov2Model, ..."""
+    source: str
+    """What the user named."""
+    patch_size: int
+    """Side of a patch in px."""
+    dim: int
+    """D, the width."""
+    depth: int
+    """How many blocks."""
+    image_size: int
+    """Side in px at which images are evaluated."""
+    key: str = "teacher"
+    """Which network of an original .pth file it is."""
+
+    def layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        """Tokens of the last `n` blocks, the last one last, each after the final LayerNorm: (B, 1 + h*w, D).
+
+        `images` (B, 3, H, W) with H and W any multiples of the patch size; position embeddings are interpolated. The
+        first token is [CLS], then come the patches row by row; register tokens are left out. Raises ValueError when
+        there are no `n` blocks or the images are no whole number of patches.
+        """
+        if not 1 <= n <= self.depth:
+            raise ValueError(f"`n` (={n}) must be in 1 ... {self.depth}, the number of blocks")
+        if any(side % self.patch_size for side in images.shape[-2:]):
+            height, width = images.shape[-2:]
+            raise ValueError(f"`images` (={height} x {width} px) must be multiples of the patch size {self.patch_size}")
+        parameters = inspect.signature(self.model.forward).parameters
+        options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+        output = self.model(pixel_values=images, output_hidden_states=n > 1, **options)
+        norm = final_norm(self.model)
+        # The hidden states are those before the final LayerNorm, that of the last block too.
+        earlier = [norm(hidden) for hidden in output.hidden_states[-n:-1]] if n > 1 else []
+        return [self._without_registers(tokens) for tokens in [*earlier, output.last_hidden_state]]
+
+    def cls(self, images: Tensor) -> Tensor:
+        """The [CLS] token of the last block: images (B, 3, H, W) -> (B, D)."""
+        return self.layers(images)[0][:, 0]
+
+    def patches(self, images: Tensor) -> Tensor:
+        """The patch tokens of the last block: images (B, 3, H, W) -> (B, H / patch_size, W / patch_size, D)."""
+        height, width = (side // self.patch_size for side in images.shape[-2:])
+        return self.layers(images)[0][:, 1:].unflatten(1, (height, width))
+
+    def _without_registers(self, tokens: Tensor) -> Tensor:
+        registers = getattr(self.model.config, "num_register_tokens", 0)
+        return torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1) if registers else tokens
+
+
+def open_encoder(
+    source: str | Path, device: torch.device | str = "cpu", *, key: str = "teacher", heads: int | None = None
+) -> Encoder:
+    """Open a backbone for evaluation, in float32; one of our own runs is opened by `request.open_evaluation` instead.
+
+    - a folder or hub name that `AutoModel` opens, with a [CLS] token and patch tokens (DINO, MSN, DINOv2, ...);
+    - an original .pth file of DINO, iBOT or MSN: the network under `key`, see `public_checkpoints`. `heads` is its
+      number of attention heads, needed for widths other than those of ViT-Ti/S/B/L/H.
+
+    No code in any of these files is executed.
+
+    Raises:
+        FileNotFoundError: `source` is a path where there is no such thing.
+        ValueError: the file or model is of another kind or incomplete; the message names what is missing.
+    """
+    path = Path(source)
+    if path.is_file():
+        model: PreTrainedModel = open_public_checkpoint(path, key=key, heads=heads)
+        return dataclasses.replace(as_encoder(model.to(device), str(source)), key=key)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"`source` (={str(source)!r}) holds neither {CHECKPOINT} nor config.json: give {SOURCES}"
+        )
+    return as_encoder(_open_auto_model(str(source)).to(device), str(source))
+
+
+def as_encoder(model: PreTrainedModel, source: str, *, image_size: int | None = None) -> Encoder:
+    """Wrap a transformers model, evaluated at `image_size` px (None: the size of its position embeddings).
+
+    Freezes the model and sets it to eval mode. Raises ValueError when it is no vision transformer with [CLS] and patch
+    tokens.
+    """
+    config = model.config
+    try:
+        patch_size, dim, depth = _side(config.patch_size), config.hidden_size, config.num_hidden_layers
+        own_size = _side(config.image_size)
+        final_norm(model)
+    except AttributeError as error:
+        raise ValueError(f"{source!r} ({type(model).__name__}) is no vision transformer: {error}") from error
+    # DINOv2 ends its training at 518 px, but its classification is evaluated at 224 px (Oquab et al., 2023).
+    own_size = 224 if config.model_type.startswith("dinov2") and own_size == 518 else own_size
+    encoder = Encoder(model.requires_grad_(False).eval(), source, patch_size, dim, depth, image_size or own_size)
+    with torch.no_grad():
+        tokens = encoder.layers(torch.zeros(1, 3, 2 * patch_size, 3 * patch_size, device=model.device))[0]
+    if tokens.shape != (1, 1 + 2 * 3, dim):
+        raise ValueError(f"{source!r} ({type(model).__name__}) must give a [CLS] token and one token per patch")
+    return encoder
+
+
+def reinitialized(encoder: Encoder, seed: int = 0) -> Encoder:
+    """The same architecture with random weights drawn from `seed`: what pretraining must beat."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = type(encoder.model)(encoder.model.config)
+    # Another source: what else the file holds, such as a head, does not belong to these weights.
+    source = f"{encoder.source} with random weights"
+    return as_encoder(model.to(encoder.model.device), source, image_size=encoder.image_size)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The LayerNorm after the last block; `layernorm` in transformers' ViTs, `norm` in its DINOv3."""
+    return model.layernorm if hasattr(model, "layernorm") else model.norm
+
+
+def _side(size: int | list[int] | tuple[int, int]) -> int:
+    if isinstance(size, int):
+        return size
+    height, width = size
+    if height != width:
+        raise ValueError(f"images and patches must be square, not {height} x {width} px")
+    return height
+
+
+def _open_auto_model(source: str) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(source)
+        # A ViT saved without its pooler, which no protocol uses, would get a random one.
+        options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+        model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    except OSError as error:
+        raise FileNotFoundError(f"cannot open `source` (={source!r}), expected {SOURCES}: {error}") from error
+    if missing := sorted(name for name in info["missing_keys"] if not name.endswith("mask_token")):
+        raise ValueError(f"{source!r} lacks weights of {type(model).__name__}: {', '.join(missing)}")
+    if config.model_type == "dinov2":
+        interpolate_as_dino(model)
+    return model

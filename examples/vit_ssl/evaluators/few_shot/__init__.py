@@ -1,0 +1,1 @@
+"""Few-shot classification with a logistic regression."""

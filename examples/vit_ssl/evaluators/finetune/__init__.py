@@ -1,0 +1,1 @@
+"""Fine-tuning of the whole network on labelled images."""

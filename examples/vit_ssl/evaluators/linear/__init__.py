@@ -1,0 +1,1 @@
+"""Linear classification: the probes and the images they are trained on."""

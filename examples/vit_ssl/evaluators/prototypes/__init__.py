@@ -1,0 +1,1 @@
+"""The prototypes of a pretraining run: their use, concentrations and duplicates."""

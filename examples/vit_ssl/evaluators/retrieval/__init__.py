@@ -1,0 +1,1 @@
+"""Landmark retrieval on revisited Oxford and Paris."""

@@ -1,0 +1,78 @@
+"""The vision transformer that is pretrained: a transformers ViTModel, with DINO's stochastic depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTModel
+
+from config.recipe import Recipe
+
+
+def build_backbone(recipe: Recipe, *, drop_path: float = 0.0, mask_token: bool = False) -> ViTModel:
+    """A randomly initialised ViT without pooler; weights are drawn from torch's global generator.
+
+    `drop_path` is the rate of the last layer, rising linearly from 0 at the first, as in DINO's student (its teacher
+    has none). It adds no parameters and no names: the state dict and `save_pretrained` are those of a plain ViTModel.
+    `mask_token` adds iBOT's, zeros at first, and draws nothing: all other weights are the same with and without it.
+    """
+    config = ViTConfig(
+        image_size=recipe.image_size,
+        patch_size=recipe.patch_size,
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_hidden_layers,
+        num_attention_heads=recipe.num_attention_heads,
+        intermediate_size=4 * recipe.hidden_size,
+        initializer_range=recipe.initializer_range,
+        layer_norm_eps=1e-6,  # DINO's; the library's default is 1e-12
+    )
+    backbone = ViTModel(config, add_pooling_layer=False, use_mask_token=mask_token)
+    add_drop_path(backbone.layers, drop_path)
+    return backbone
+
+
+def tokens(backbone: ViTModel, images: Tensor, *, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    """[CLS] and patch tokens after the last LayerNorm: images (B, 3, H, W) -> (B, 1 + N, D).
+
+    H and W are any multiples of the patch size: position embeddings are interpolated (bicubic) where they differ from
+    the size the backbone was built for. Patches are numbered row by row. `mask` (B, N) bool: those that the mask token
+    stands for. Or `keep` (B, n) int64: those that are seen, at their positions; N is then n.
+    """
+    if keep is None:
+        output = backbone(pixel_values=images, bool_masked_pos=mask, interpolate_pos_encoding=True)
+        return output.last_hidden_state
+    # ViTModel.forward, with a choice between its two halves.
+    hidden = backbone.embeddings(images, interpolate_pos_encoding=True)
+    kept = keep.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+    hidden = torch.cat([hidden[:, :1], hidden[:, 1:].gather(1, kept)], dim=1)
+    for layer in backbone.layers:
+        hidden = layer(hidden)
+    return backbone.layernorm(hidden)
+
+
+def cls_token(backbone: ViTModel, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    """The first of `tokens`: (B, 3, H, W) -> (B, D)."""
+    return tokens(backbone, images, keep=keep)[:, 0]
+
+
+def add_drop_path(layers: Sequence[nn.Module], rate: float) -> None:
+    """Stochastic depth of a transformer's blocks in training mode: `rate` at the last, linearly from 0 at the first."""
+    for index, layer in enumerate(layers):
+        of_layer = rate * index / max(len(layers) - 1, 1)
+        if of_layer > 0:
+            layer.attention.register_forward_hook(partial(_drop_path, rate=of_layer))
+            layer.mlp.register_forward_hook(partial(_drop_path, rate=of_layer))
+
+
+def _drop_path(module: nn.Module, _inputs: Any, output: Any, *, rate: float) -> Any:
+    # A forward hook on a residual branch: drops it for whole samples and rescales the rest (Huang et al., 2016).
+    if not module.training:
+        return output
+    branch, *others = output if isinstance(output, tuple) else (output,)
+    keep = torch.rand(branch.shape[0], *(1,) * (branch.ndim - 1), device=branch.device) >= rate
+    branch = branch * keep.to(branch.dtype) / (1 - rate)
+    return (branch, *others) if isinstance(output, tuple) else branch

@@ -1,0 +1,1 @@
+"""What a training run needs besides its method: steps, schedules, parallelism, checkpoints and logs."""

@@ -1,0 +1,78 @@
+"""What is logged: the statistics of a step, averaged over micro-batches and processes, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.distributed import gather_rows
+
+METRICS = "metrics.jsonl"
+CURVES = "tensorboard"
+
+
+def mean_statistics(micro_batches: list[dict[str, float | Tensor]], signal: int = 0) -> tuple[dict[str, float], int]:
+    """Statistics of a step, averaged over its micro-batches and processes, and the largest `signal` of any process.
+
+    Loss, entropies and KL are means over images, so this is what one process would have found, but for
+    `marginal_entropy` and `prototypes_used`: those are of the sample that one process sees of one micro-batch. (Where a
+    micro-batch has more teacher rows than the statistics look at, entropies and KL are estimates from these.)
+    One collective, and one wait for the device.
+    """
+    names = list(micro_batches[0])
+    where = next((value.device for value in micro_batches[0].values() if isinstance(value, Tensor)), None)
+    values = [
+        torch.as_tensor(found[name], dtype=torch.float64, device=where) for found in micro_batches for name in names
+    ]
+    means = torch.stack(values).view(len(micro_batches), len(names)).mean(0)
+    *columns, signals = zip(*gather_rows(torch.cat([means, means.new_tensor([signal])])).tolist(), strict=True)
+    return {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}, int(max(signals))
+
+
+class MetricsLog:
+    """Appends JSON rows to DIRECTORY/metrics.jsonl and flushes them, so that a run can be watched.
+
+    With `curves` they also go to DIRECTORY/tensorboard for `tensorboard --logdir`. Rows of steps after `step`, which a
+    crash leaves behind, are forgotten. Raises ImportError when tensorboard is not installed.
+    """
+
+    def __init__(self, directory: Path, *, step: int, curves: bool = False) -> None:
+        self._curves = _curves(directory / CURVES, step) if curves else None
+        path = directory / METRICS
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step))
+        self._file = path.open("a")
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append a row, whose `step` is the horizontal axis of the curves."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._curves is not None:
+            for name, value in row.items():
+                self._curves.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._curves is not None:
+            self._curves.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # half written
+        return float("inf")
+
+
+def _curves(directory: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("`tensorboard` (=True) needs that package: pip install 'vmf_heads[tensorboard]'") from error
+    return SummaryWriter(str(directory), purge_step=step + 1)

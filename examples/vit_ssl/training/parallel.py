@@ -1,0 +1,106 @@
+"""How a method's networks share the work: DDP or FSDP2 between processes, compiled and recomputed blocks in each."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from methods.method import Method
+from runtime.distributed import device, world_size
+
+Strategy = Literal["ddp", "fsdp2"]
+
+
+def parallelize(
+    method: Method,
+    *,
+    strategy: Strategy = "ddp",
+    bfloat16: bool = False,
+    compile_blocks: bool = False,
+    activation_checkpointing: bool = False,
+) -> None:
+    """Prepare `method.student` and `method.teacher`, on their device, for the processes of torchrun; then `attach`.
+
+    None of it changes what is trained: losses and gradients are those of one process, to rounding.
+
+    - "ddp": every process holds both networks; the student's gradients are averaged. One process alone wraps nothing.
+    - "fsdp2": parameters, gradients and optimiser state are cut into as many parts as there are processes: each block
+      of both backbones, the head and the rest are gathered when they are needed. With `bfloat16` the attention and MLP
+      of a block are gathered in bfloat16 and their gradients summed in float32. All else stays float32, as everything
+      does under DDP: autocast chooses the dtype of an operation under both, and would round the same operands.
+    - `compile_blocks`: torch.compile of every transformer block.
+    - `activation_checkpointing`: the student's blocks are computed again in the backward pass instead of remembered.
+
+    Raises ValueError for FSDP2 without torchrun, and for BatchNorm heads in several processes without GPUs.
+    """
+    if strategy == "fsdp2" and not dist.is_initialized():
+        raise ValueError("`strategy` (='fsdp2') needs torchrun, for one process too: torchrun --nproc-per-node 1 ...")
+    if world_size() > 1:
+        _share_batch_statistics(method)
+    if activation_checkpointing:
+        method.student.backbone.activation_checkpointing_enable({"use_reentrant": False})
+    if compile_blocks:
+        for network in (method.student, method.teacher):
+            for block in network.backbone.layers:
+                block.compile()
+    if strategy == "fsdp2":
+        _shard(method.student, bfloat16)
+        _shard(method.teacher, bfloat16)
+    elif world_size() > 1:
+        where = device()
+        ids = [where.index] if where.type == "cuda" else None
+        method.student = DistributedDataParallel(method.student, ids)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network that was given to `parallelize`."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+@contextlib.contextmanager
+def gradients_shared(student: nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether a forward and backward in this block averages the gradients over processes, or only accumulates them."""
+    if isinstance(student, DistributedDataParallel):
+        with contextlib.nullcontext() if wanted else student.no_sync():
+            yield
+        return
+    if hasattr(student, "set_requires_gradient_sync"):  # FSDP2
+        student.set_requires_gradient_sync(wanted)
+    yield
+
+
+def _shard(network: nn.Module, bfloat16: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh  # here: a run in one process starts sooner without
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device().type, (world_size(),))
+    # A linear layer ends in a view, and ViTLayer adds to it out of place, as the warning wants it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in network.backbone.layers:
+        if bfloat16:  # without the LayerNorms, which autocast computes in float32
+            fully_shard([block.attention, block.mlp], mesh=mesh, mp_policy=half)
+        else:
+            fully_shard(block, mesh=mesh)
+    fully_shard(network.head, mesh=mesh)
+    # Also after a forward, which is all that the teacher does: the EMA averages shards.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def _share_batch_statistics(method: Method) -> None:
+    if not any(isinstance(module, nn.BatchNorm1d) for module in method.modules()):
+        return
+    if device().type != "cuda":
+        raise ValueError(
+            f"`use_bn_in_head` (=True) must be False in {world_size()} processes without GPUs: torch has no "
+            "synchronised BatchNorm for CPUs"
+        )
+    method.student = nn.SyncBatchNorm.convert_sync_batchnorm(method.student)
+    method.teacher = nn.SyncBatchNorm.convert_sync_batchnorm(method.teacher)

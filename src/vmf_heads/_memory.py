@@ -1,0 +1,21 @@
+"""How many rows of a (rows, K) tensor may exist at a time: the one place that budgets memory and cache."""
+
+from __future__ import annotations
+
+import torch
+
+# One chunk takes at most so many bytes. It should hold enough rows that the prototypes, which are read once a chunk,
+# are used often, and be small beside the logits of a whole batch.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
+# Several elementwise passes over a block of this size find it in a cache.
+CACHE_BYTES = 4 * 2**20
+
+
+def rows_per_chunk(columns: int, device: torch.device, buffers: int = 1) -> int:
+    """How many rows (at least 1) of float32 fit into a chunk, if `buffers` tensors hold such rows at once."""
+    return max(1, CHUNK_BYTES.get(device.type, 2**25) // (4 * columns * buffers))
+
+
+def rows_per_block(columns: int) -> int:
+    """How many rows (at least 1) of float32 fit into a block that several elementwise passes work on in a cache."""
+    return max(1, CACHE_BYTES // (4 * columns))

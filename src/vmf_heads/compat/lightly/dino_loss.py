@@ -1,0 +1,147 @@
+"""lightly's DINO loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..._checks import at_least, one_of, positive
+from ..._matmul import at_least_float32, without_autocast
+from .._attached import SingleCenterLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class DINOLoss(SingleCenterLoss):
+    """lightly's DINO loss for vMF heads: cross-entropy between Eq. 7 of the teacher and Eq. 6 of the student.
+
+    Equals, for teacher probabilities P_t[t] and student probabilities P_s[s] of the views, (B, K) each::
+
+        pairs = [(t, s) for t in range(teacher_views) for s in range(student_views) if t != s]
+        sum((-P_t[t] * log(P_s[s])).sum(dim=1).mean() for t, s in pairs) / len(pairs)
+
+    followed by one update of the centre with the teacher's scores of this batch. With heads of prototype norm 1 and
+    centering="logit" it is lightly's own loss.
+
+    Args:
+        output_dim: number of prototypes K.
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: the teacher's temperature, if the call gives an
+            `epoch`, rises linearly from the first to the second over so many epochs; otherwise it is `teacher_temp`.
+        student_temp: the student's temperature.
+        center_momentum: momentum of the centre.
+        center_mode: "mean", the only one there is in lightly.
+        centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p.
+        center_on: see `ProbabilityCentering`; for centering="probability" only.
+        process_group: the ranks that share one centre; None means all of them.
+
+    `attach(student, teacher)` must be called once. State dict: `log_center` (K,) with probability centring; `center`
+    (1, 1, K), as in lightly, with logit centring. A lightly checkpoint's `center` loads into either.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range or an output has the wrong shape.
+        RuntimeError: called before `attach`.
+
+    Reference: Govindarajan et al., ICLR 2023, Eq. 6, 7, 8 and 9; Caron et al., ICCV 2021.
+
+    >>> import torch
+    >>> from vmf_heads.compat.lightly import DINOLoss, DINOProjectionHead
+    >>> student, teacher = (DINOProjectionHead(16, 16, 8, 32) for _ in range(2))
+    >>> criterion = DINOLoss(output_dim=32, warmup_teacher_temp_epochs=5)
+    >>> criterion.attach(student, teacher)
+    >>> views = torch.randn(4, 5, 16)  # 4 views of 5 images; the teacher sees the first two
+    >>> criterion([teacher(view) for view in views[:2]], [student(view) for view in views], epoch=0).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        output_dim: int = 65536,
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 30,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        center_mode: str = "mean",
+        *,
+        centering: str = "probability",
+        center_on: str = "scores",
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        at_least("output_dim", output_dim, 1)
+        one_of("center_mode", center_mode, ("mean",))
+        positive("warmup_teacher_temp", warmup_teacher_temp)
+        super().__init__(
+            output_dim, student_temp, center_momentum, (1, 1, output_dim), centering, center_on, process_group
+        )
+        self.teacher_temp = positive("teacher_temp", teacher_temp)
+        self.warmup_teacher_temp_epochs = at_least("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0)
+        self.teacher_temp_schedule = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+
+    def forward(
+        self,
+        teacher_out: Sequence[Tensor],
+        student_out: Sequence[Tensor],
+        teacher_temp: float | None = None,
+        epoch: int | None = None,
+        *,
+        commit: bool = True,
+    ) -> Tensor:
+        """The loss of what the attached heads returned, one (B, K) tensor per view; then the centre is updated.
+
+        The teacher's temperature is `teacher_temp`, or that of `epoch`, or the constructor's. With gradients
+        accumulated over micro-batches, commit=False on all but the last makes one update from all of them.
+        """
+        if len(teacher_out) * len(student_out) <= min(len(teacher_out), len(student_out)):
+            raise ValueError(
+                f"`teacher_out` (of {len(teacher_out)} views) and `student_out` (of {len(student_out)} views) must "
+                "hold two different views: a view is not compared with itself"
+            )
+        temperature = self._temperature(teacher_temp, epoch)
+        scores = torch.stack(list(teacher_out))  # (t, B, K)
+        targets = self._targets("teacher_out", scores, temperature)
+        logits = at_least_float32(torch.stack(list(student_out)))  # (s, B, K)
+        if logits.shape[1:] != scores.shape[1:]:
+            raise ValueError(
+                f"`student_out` (views of shape {tuple(logits.shape[1:])}) must have the shape of `teacher_out` "
+                f"(={tuple(scores.shape[1:])})"
+            )
+        log_probabilities = torch.log_softmax(logits / self.student_temp, dim=-1)
+        with without_autocast(logits.device):
+            cross_entropy = -torch.einsum("tbk,sbk->ts", targets, log_probabilities)
+        other_view = ~torch.eye(*cross_entropy.shape, dtype=torch.bool, device=cross_entropy.device)
+        pairs = cross_entropy.numel() - min(cross_entropy.shape)
+        self.update_center(scores, temperature, commit=commit)
+        return cross_entropy.mul(other_view).sum() / (pairs * logits.shape[1])
+
+    @torch.no_grad()
+    def targets(self, teacher_out: Tensor, teacher_temp: float | None = None, epoch: int | None = None) -> Tensor:
+        """The teacher's probabilities (..., K) for its raw scores (..., K), Eq. 7; the centre stays as it is."""
+        return self._targets("teacher_out", teacher_out, self._temperature(teacher_temp, epoch))
+
+    @torch.no_grad()
+    def update_center(
+        self,
+        teacher_out: Tensor,
+        teacher_temp: float | None = None,
+        epoch: int | None = None,
+        *,
+        commit: bool = True,
+    ) -> None:
+        """One step of Eq. 9 or Eq. 8 from the teacher's raw scores (..., K), over all ranks; `forward` calls it.
+
+        commit=False only adds them to those that the next step will average.
+        """
+        self._accumulate("teacher_out", teacher_out, self._temperature(teacher_temp, epoch))
+        if commit:
+            self.centering.commit_()
+
+    def _temperature(self, teacher_temp: float | None, epoch: int | None) -> float:
+        if teacher_temp is not None:
+            return positive("teacher_temp", teacher_temp)
+        if epoch is None or epoch >= self.warmup_teacher_temp_epochs:
+            return self.teacher_temp
+        return float(self.teacher_temp_schedule[at_least("epoch", epoch, 0)])

@@ -1,0 +1,175 @@
+"""lightly's losses on patch tokens: iBOT's on masked ones, iBOT++ on all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..._checks import at_least, one_of, positive
+from ..._matmul import at_least_float32
+from .._attached import SingleCenterLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class IBOTPatchLoss(SingleCenterLoss):
+    """lightly's iBOT loss for vMF heads: cross-entropy of the masked patches, averaged per image, then over images.
+
+    Equals, for teacher probabilities P_t and student probabilities P_s of the masked patches, (N, K) each, and the
+    number n of masked patches of each one's image::
+
+        ((-P_t * log(P_s)).sum(dim=1) / n).sum() / batch_size
+
+    followed by one update of the centre with the teacher's scores of this batch. With heads of prototype norm 1 and
+    centering="logit" it is lightly's own loss.
+
+    Args:
+        output_dim: number of prototypes K.
+        teacher_temp, student_temp: the temperatures; a call may give another one for the teacher.
+        center_mode: "mean", the only one there is in lightly.
+        center_momentum: momentum of the centre.
+        centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p.
+        center_on: see `ProbabilityCentering`; for centering="probability" only.
+        process_group: the ranks that share one centre; None means all of them.
+
+    `attach(student, teacher, head="ibot_head")` must be called once. State dict: `log_center` (K,) with probability
+    centring; `center.center` (1, K), as in lightly, with logit centring. A lightly checkpoint's loads into either.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range or an output has the wrong shape.
+        RuntimeError: called before `attach`.
+
+    Reference: Govindarajan et al., ICLR 2023, Eq. 6, 7, 9 and appendix A.5; Zhou et al., ICLR 2022.
+
+    >>> import torch
+    >>> from vmf_heads.compat.lightly import DINOv2ProjectionHead, IBOTPatchLoss
+    >>> student, teacher = (DINOv2ProjectionHead(16, 16, 8, 32) for _ in range(2))
+    >>> criterion = IBOTPatchLoss(output_dim=32)
+    >>> criterion.attach(student, teacher)
+    >>> patches, mask = torch.randn(5, 3, 3, 16), torch.rand(5, 3, 3) < 0.3  # of 5 images
+    >>> criterion(teacher(patches[mask]), student(patches[mask]), mask).shape
+    torch.Size([])
+    """
+
+    STATE_NAMES: ClassVar[dict[str, str]] = SingleCenterLoss.STATE_NAMES | {"centering.center": "center.center"}
+
+    def __init__(
+        self,
+        output_dim: int = 65536,
+        teacher_temp: float = 0.04,
+        student_temp: float = 0.1,
+        center_mode: str = "mean",
+        center_momentum: float = 0.9,
+        *,
+        centering: str = "probability",
+        center_on: str = "scores",
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        at_least("output_dim", output_dim, 1)
+        one_of("center_mode", center_mode, ("mean",))
+        super().__init__(
+            output_dim, student_temp, center_momentum, (1, output_dim), centering, center_on, process_group
+        )
+        self.teacher_temp = positive("teacher_temp", teacher_temp)
+
+    @property
+    def center(self) -> Any:
+        """The module that holds the centre; with logit centring it has lightly's `center` and `value`."""
+        return self.centering
+
+    def forward(
+        self,
+        teacher_out: Tensor,
+        student_out: Tensor,
+        mask: Tensor,
+        teacher_temp: float | None = None,
+        *,
+        commit: bool = True,
+    ) -> Tensor:
+        """The loss of the masked patches (N, K), in the order of `mask` (B, H, W), bool, with N patches True.
+
+        Then the centre is updated. The teacher's temperature is `teacher_temp` or the constructor's. With gradients
+        accumulated over micro-batches, commit=False on all but the last makes one update from all of them.
+        """
+        if teacher_out.dim() != 2:
+            raise ValueError(f"`teacher_out` (of shape {tuple(teacher_out.shape)}) must be (N, {self.num_prototypes})")
+        if mask.dim() != 3 or mask.dtype != torch.bool:
+            raise ValueError(f"`mask` (of shape {tuple(mask.shape)}, {mask.dtype}) must be (B, H, W) bool")
+        weights = (1 / mask.sum(dim=(1, 2), keepdim=True).clamp(min=1)).expand_as(mask)[mask]
+        if len(weights) != len(teacher_out):
+            raise ValueError(
+                f"`mask` (with {len(weights)} patches True) must have one for each of the {len(teacher_out)} rows of "
+                "`teacher_out`"
+            )
+        losses = self._cross_entropy(teacher_out, student_out, teacher_temp, commit)
+        return (losses * weights).sum() / len(mask)
+
+    def _cross_entropy(
+        self, teacher_out: Tensor, student_out: Tensor, teacher_temp: float | None, commit: bool
+    ) -> Tensor:
+        """-sum_k P_t log P_s (...,) of scores and logits (..., K); then the update of the centre."""
+        temperature = self.teacher_temp if teacher_temp is None else positive("teacher_temp", teacher_temp)
+        if student_out.shape != teacher_out.shape:
+            raise ValueError(
+                f"`student_out` (of shape {tuple(student_out.shape)}) must have the shape of `teacher_out` "
+                f"(={tuple(teacher_out.shape)})"
+            )
+        targets = self._targets("teacher_out", teacher_out, temperature)
+        log_probabilities = torch.log_softmax(at_least_float32(student_out) / self.student_temp, dim=-1)
+        self._accumulate("teacher_out", teacher_out, temperature)
+        if commit:
+            self.centering.commit_()
+        return -(targets * log_probabilities).sum(dim=-1)
+
+
+class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
+    """lightly's iBOT++ loss for vMF heads: the masked patches as in `IBOTPatchLoss`, and the visible ones, too.
+
+    Experimental: the paper has iBOT only. Arguments, `attach` and state are those of `IBOTPatchLoss`.
+
+    Reference: lightly, after TIPSv2 (2026); Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9.
+    """
+
+    def forward(
+        self,
+        teacher_out: Tensor,
+        student_out: Tensor,
+        mask: Tensor | None = None,
+        teacher_temp: float | None = None,
+        visible_loss_weight: float = 1.0,
+        *,
+        commit: bool = True,
+    ) -> Tensor:
+        """The loss of all patches, (B, N, K) or (B * N, K); then the centre is updated.
+
+        With a `mask`, (B, H, W) or (B, N), True where a patch is masked: the mean over the masked patches of an image,
+        plus `visible_loss_weight` times that over its visible ones, averaged over images; 0 is `IBOTPatchLoss` on all
+        patches. Without one: the mean over all patches, which must then be (B, N, K).
+        """
+        if teacher_out.dim() not in (2, 3) or (teacher_out.dim() == 2 and mask is None):
+            raise ValueError(
+                f"`teacher_out` (of shape {tuple(teacher_out.shape)}) must be (B, N, {self.num_prototypes}), or "
+                f"(B * N, {self.num_prototypes}) together with a `mask`"
+            )
+        patches = teacher_out.shape[:-1].numel()
+        if mask is not None and (mask.dtype != torch.bool or mask.numel() != patches or len(mask) == 0):
+            raise ValueError(
+                f"`mask` (of shape {tuple(mask.shape)}, {mask.dtype}) must be (B, H, W) or (B, N) bool, one for each "
+                f"of the {patches} patches of `teacher_out`"
+            )
+        if mask is not None and teacher_out.dim() == 3 and len(mask) != len(teacher_out):
+            raise ValueError(f"`mask` (of {len(mask)} images) must be of the {len(teacher_out)} of `teacher_out`")
+        losses = self._cross_entropy(teacher_out, student_out, teacher_temp, commit)
+        if mask is None:
+            return losses.mean()
+        masked, losses = mask.flatten(1), losses.view(len(mask), -1)
+        return _mean_where(masked, losses) + visible_loss_weight * _mean_where(~masked, losses)
+
+
+def _mean_where(mask: Tensor, losses: Tensor) -> Tensor:
+    """The mean over images of the mean over those patches (B, N) of an image where the mask is True."""
+    of_image = (losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return of_image.mean()
