@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.evidence.summary import mean_and_error, select
+from benchmarks.evidence.summary import Rows, mean_and_error, select
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 COLOURS = {
