@@ -10,7 +10,7 @@ from benchmarks.evidence.summary import mean_and_error, select, table, text
 
 def test_the_page_shows_the_committed_results() -> None:
     page = report.DOCS.read_text()
-    assert set(report.TABLES) == {match[2] for match in report.MARKER.finditer(page)}
+    assert set(report.TABLES) >= {match[2] for match in report.MARKER.finditer(page)} >= {"summary", "readings"}
     assert report.rendered(page) == page, "run `python -m benchmarks evidence`"
 
 
