@@ -100,7 +100,7 @@ class DINOLoss(AttachedLoss):
         center_momentum: float = 0.9,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         fused: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:

@@ -169,7 +169,7 @@ class DINOLoss(_LateCenterLoss):
         center_momentum: float = 0.9,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(out_dim, student_temp, center_momentum, (1, out_dim), centering, center_on, process_group)
@@ -225,7 +225,7 @@ class iBOTPatchLoss(_LateCenterLoss):
         center_momentum: float = 0.9,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(

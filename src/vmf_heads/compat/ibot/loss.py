@@ -101,7 +101,7 @@ class iBOTLoss(AttachedLoss):
         mim_start_epoch: int = 0,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         fused: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:

@@ -68,7 +68,7 @@ class DINOLoss(SingleCenterLoss):
         center_mode: str = "mean",
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         process_group: ProcessGroup | None = None,
     ) -> None:
         at_least("output_dim", output_dim, 1)

@@ -65,7 +65,7 @@ class IBOTPatchLoss(SingleCenterLoss):
         center_momentum: float = 0.9,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         process_group: ProcessGroup | None = None,
     ) -> None:
         at_least("output_dim", output_dim, 1)
