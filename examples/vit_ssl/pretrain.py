@@ -93,7 +93,7 @@ def main(options: Options) -> None:
 
 
 def train(recipe: Recipe, options: Options) -> None:
-    """All steps that are left, and checkpoints on the way; SystemExit(128 + signal) when it is asked to stop."""
+    """Do all steps that are left, with checkpoints on the way; raise SystemExit(128 + signal) when asked to stop."""
     state = None
     if options.resume:
         state = state_to_resume(options.output, recipe)
@@ -179,7 +179,7 @@ def train_step(
     recipe: Recipe,
     bfloat16: bool,
 ) -> list[Statistics]:
-    """One step of student, centre and teacher; the statistics of each micro-batch, as this process sees them."""
+    """Do one step of student, centre and teacher; return this process' statistics of each micro-batch."""
     found: list[Statistics] = []
 
     # ----------------------------------------------------------------------------------------------- Schedules
@@ -228,7 +228,7 @@ def export(output: Path, push_to_hub: str | None = None) -> None:
 
 
 def parse_overrides(options: Options) -> dict[str, Any]:
-    """The recipe fields that the command line replaces."""
+    """Return the recipe fields that the command line replaces."""
     overrides = {} if options.seed is None else {"seed": options.seed}
     for item in options.overrides:
         name, separator, value = item.partition("=")

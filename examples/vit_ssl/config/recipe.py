@@ -160,7 +160,7 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
 
 
 def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """The recipe with these settings; every field must be there, with a value of the field's type."""
+    """Return the recipe with these settings; every field must be there, with a value of the field's type."""
     return read_settings(Recipe, settings, source)
 
 
@@ -170,7 +170,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def differences(requested: Recipe, saved: Recipe) -> list[str]:
-    """One line for each field that makes the two recipes different runs (`num_workers` does not)."""
+    """Return one line for each field that makes the two recipes different runs (`num_workers` does not)."""
     here, there = flat(requested), flat(saved)
     names = [name for name in here | there if name != "num_workers" and here.get(name) != there.get(name)]
     return [f"{name}: {there.get(name)!r} in the run, {here.get(name)!r} requested" for name in names]

@@ -12,7 +12,7 @@ from training.ema import local
 
 
 def parameter_groups(student: nn.Module, *, decay_prototypes: bool = True) -> list[dict[str, Any]]:
-    """DINO's two groups: biases and 1-D parameters are not decayed; `weight_g` (K, 1) is, as in DINO.
+    """Return DINO's two parameter groups: biases and 1-D parameters are not decayed; `weight_g` (K, 1) is, as in DINO.
 
     Without `decay_prototypes`, as in MSN, those of the last layer are not decayed either.
     """

@@ -16,7 +16,7 @@ from evaluators.linear.logistic_probe import logistic_probe
 from evaluators.linear.sgd_probe import Schedule, predict, stored_epochs, train_probes
 from evaluators.protocol import Evaluation, Features, Metric, NotApplicable
 
-# iBOT's grid: 1e-4, 2e-4 ... 9e-4, 1e-3, 2e-3 ... 9.
+# This is iBOT's grid: 1e-4, 2e-4 ... 9e-4, 1e-3, 2e-3 ... 9.
 LRS = tuple(round(digit * 10.0**power, -power) for power in range(-4, 1) for digit in range(1, 10))
 LOGISTIC_LIMIT = 50_000
 
@@ -49,7 +49,7 @@ class LinearOptions:
 
 
 def linear(evaluation: Evaluation, options: LinearOptions = LinearOptions()) -> Iterator[Metric]:
-    """Top-1 accuracies: "top1" of logistic regression, or "top1_C" and "top1_D" of Table 2.
+    """Yield the top-1 accuracies: "top1" of logistic regression, or "top1_C" and "top1_D" of Table 2.
 
     Raises:
         ValueError: an option is out of range.
@@ -67,7 +67,7 @@ def linear(evaluation: Evaluation, options: LinearOptions = LinearOptions()) -> 
 
 
 def sgd(evaluation: Evaluation, options: LinearOptions) -> Iterator[Metric]:
-    """Accuracies by DINO's protocol, with the learning rate that is best on held-out train images or on val."""
+    """Yield the accuracies by DINO's protocol, with the best learning rate on held-out train images or on val."""
     encoder = evaluation.encoder
     kinds = {"top1_C": "cls"}
     if encoder is not None:

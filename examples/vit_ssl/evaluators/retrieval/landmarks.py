@@ -26,7 +26,7 @@ class Query:
     junk: np.ndarray
 
     def truth(self, difficulty: str) -> tuple[np.ndarray, np.ndarray]:
-        """(positives, junk) of a difficulty: "medium" wants easy and hard images, "hard" the hard ones alone."""
+        """Return (positives, junk) of a difficulty: "medium" wants easy and hard images, "hard" the hard ones alone."""
         if difficulty == "medium":
             return np.concatenate([self.easy, self.hard]), self.junk
         if difficulty == "hard":
