@@ -4,13 +4,13 @@ import math
 
 import pytest
 from benchmarks import results
-from benchmarks.evidence import report
+from benchmarks.evidence import figures, report
 from benchmarks.evidence.summary import mean_and_error, select, table, text
 
 
 def test_the_page_shows_the_committed_results() -> None:
     page = report.DOCS.read_text()
-    assert set(report.TABLES) == {match[2] for match in report.MARKER.finditer(page)}
+    assert set(report.TABLES) >= {match[2] for match in report.MARKER.finditer(page)} >= {"summary", "readings"}
     assert report.rendered(page) == page, "run `python -m benchmarks evidence`"
 
 
@@ -36,3 +36,21 @@ def test_means_have_the_standard_error_of_the_mean() -> None:
     assert text([0.25], scale=100, digits=1, signed=True) == "+25.0"
     assert text([]) == "–"
     assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_pictures_are_drawn_from_result_files(tmp_path, monkeypatch) -> None:
+    rows = [
+        {"p": 16, "prototypes": 64, "norm_decay": 0.0, "norm_speed": speed, "arm": arm, "seed": seed}
+        | {"used_by_logits": 0.5 + 0.1 * seed, "purity": 0.9, "rank_correlation": None if seed else 0.5}
+        | {"knn_by_fifth": [0.7, 0.7, 0.8, 0.8, 0.9 + 0.01 * seed]}
+        for speed in (1.0, 3.0)
+        for arm in figures.COLOURS
+        for seed in (0, 1)
+    ]
+    monkeypatch.setattr(figures, "IMAGES", tmp_path)
+    monkeypatch.setattr(results, "latest", lambda name: {"rows": rows})
+    figures.draw()
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(drawn) == {"evidence_readings.svg", "evidence_figure_2.svg"}
+    for label, colour, _ in figures.COLOURS.values():
+        assert all(colour in picture for picture in drawn.values()), label

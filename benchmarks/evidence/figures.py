@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.evidence.summary import mean_and_error, select
+from benchmarks.evidence.summary import Rows, mean_and_error, select
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 COLOURS = {
@@ -34,7 +34,7 @@ def _readings() -> None:
     measures = {
         "used_by_logits": "share of prototypes used",
         "purity": "purity",
-        "rank_correlation": "rank corr. with true κ",
+        "rank_correlation": "rank correlation with true κ",
     }
     figure, panels = pyplot.subplots(1, 3, figsize=(9, 2.9), layout="constrained")
     for panel, (measure, label) in zip(panels, measures.items(), strict=True):
@@ -65,13 +65,12 @@ def _figure_2() -> None:
     _save(figure, "evidence_figure_2.svg")
 
 
-def _line(
-    panel: Any, xs: list[float], rows: list[dict[str, Any]], x: str, measure: str, style: tuple[str, str, str]
-) -> None:
+def _line(panel: Any, rows: Rows, measure: str, style: tuple[str, str, str]) -> None:
     label, colour, marker = style
-    found = [mean_and_error(row[measure] for row in select(rows, **{x: value})) for value in xs]
+    speeds = sorted({row["norm_speed"] for row in rows})
+    found = [mean_and_error(row[measure] for row in select(rows, norm_speed=speed)) for speed in speeds]
     means, errors = zip(*(point for point in found if point), strict=True)
-    panel.errorbar(xs, means, errors, label=label, color=colour, marker=marker, capsize=3)
+    panel.errorbar(speeds, means, errors, label=label, color=colour, marker=marker, capsize=3)
 
 
 def _save(figure: Any, name: str) -> None:

@@ -21,6 +21,23 @@ COLLAPSED = 0.1
 """Their names in the result files, by the heads of their columns."""
 
 
+def summary(result: dict[str, Any]) -> str:
+    """Plain DINO, DINO with L2-normalised prototypes and DINO-vMF by both readings, p = 16, fast norms."""
+    names = {
+        "DINO": "none, logit",
+        "DINO, L2-normalised prototypes": "L2, logit",
+        "DINO-vMF, centre on scores": "vMF, scores",
+        "DINO-vMF, centre on responsibilities": "vMF, responsibilities",
+    }
+    measures = ("used_by_logits", "purity", "rank_correlation")
+    lines = []
+    for name, arm in names.items():
+        rows = select(result["rows"], arm=arm, p=16, prototypes=64, norm_decay=0.0)
+        own = select(rows, norm_speed=1.0 if arm.startswith("L2") else 3.0)
+        lines.append((name, *(_of(own, measure) for measure in measures)))
+    return table(("", "prototypes used", "purity", "rank correlation of ‖w‖ with the true κ"), lines)
+
+
 def readings(result: dict[str, Any]) -> str:
     """p = 16, more prototypes than clusters: every contender at every speed of the norms."""
     rows = select(result["rows"], p=16, prototypes=64)

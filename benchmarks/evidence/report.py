@@ -7,11 +7,12 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.evidence.fashion_tables import by_fifth, fashion_stability, table_1
-from benchmarks.evidence.mixture_tables import kappa, other_problems, readings, stability
+from benchmarks.evidence.mixture_tables import kappa, other_problems, readings, stability, summary
 
 DOCS = Path(__file__).parents[2] / "docs" / "evidence.md"
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "summary": ("mixture_readings", summary),
     "readings": ("mixture_readings", readings),
     "overlap": ("mixture_overlap", other_problems),
     "apart": ("mixture_readings", other_problems),
