@@ -28,10 +28,10 @@ from reporting.demo_table import (
     RUNS,
     compare_knn,
     format_table,
+    is_evaluated,
     make_table,
     read_rows,
     sentence,
-    table_protocols,
 )
 from runtime.lanes import Job, JobFailed, last_row, run_lanes
 
@@ -119,17 +119,10 @@ def jobs(output: Path, run: str, recipe: Recipe, max_steps: int | None) -> list[
         command += ["--resume"] if (directory / "checkpoint.pt").exists() else []
         todo.append(Job("pretraining", command, log, directory / "metrics.jsonl", steps))
     for features in [features for where, features in MODELS.values() if where == run]:
-        if not evaluated(directory, features):
+        if not is_evaluated(directory, features):
             command = [sys.executable, str(SCRIPTS / "evaluate.py"), "all", "--checkpoint", str(directory)]
             todo.append(Job(f"evaluating {features}", [*command, "--features", features, "--split", "test"], log))
     return todo
-
-
-def evaluated(directory: Path, features: str) -> bool:
-    """Return whether `evaluate.py all` has written everything that the table takes from these features of a run."""
-    path = directory / "results.jsonl"
-    found = {row["protocol"] for row in read_rows(path) if row["features"] == features} if path.exists() else set()
-    return found >= table_protocols(features)
 
 
 def collect(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> dict[str, Any]:

@@ -20,10 +20,10 @@ import tyro
 
 from config.recipe import Recipe, load_recipe
 from data.images import load_images
-from demo import SCRIPTS, evaluated
-from reporting.demo_table import ACCURACIES, RUNS, paired_difference, read_rows
+from reporting.demo_table import ACCURACIES, RUNS, is_evaluated, paired_difference, read_rows
 from runtime.lanes import Job, JobFailed, run_lanes
 
+SCRIPTS = Path(__file__).parent
 RANDOM = "randomly initialised ViT"
 METHODS = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN"}
 # What two recipes must share so that one untrained network is the baseline of both.
@@ -92,7 +92,7 @@ def jobs(output: Path, models: Mapping[str, Recipe], label: str, seed: int, max_
         command += ["--resume"] if (directory / "checkpoint.pt").exists() else []
         todo.append(Job(f"{label}, seed {seed}: pretraining", command, log))
     for features in ("random", "teacher") if label == next(iter(models)) else ("teacher",):
-        if not evaluated(directory, features):
+        if not is_evaluated(directory, features):
             command = [sys.executable, str(SCRIPTS / "evaluate.py"), "all", "--checkpoint", str(directory)]
             command += ["--features", features, "--split", "test"]
             todo.append(Job(f"{label}, seed {seed}: evaluating {features}", command, log))

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 S = TypeVar("S")
 Ranges = tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
-"""(names of fields, what is allowed in words, whether a value is)."""
+"""Each range is (names of fields, what is allowed in words, the test of a value)."""
 
 
 def read_settings(cls: type[S], values: Mapping[str, Any], source: str, section: str = "") -> S:

@@ -32,7 +32,7 @@ def multi_crop(recipe: Recipe) -> MultiCrop:
 
 
 class Views:
-    """{"crops": [(3, h, w), ...]}, the global crops first: all that DINO needs.
+    """Samples {"crops": [(3, h, w), ...]}, the global crops first, which is all that DINO needs.
 
     Calls take a PIL image in RGB and a `random.Random`, from which all randomness comes.
     """
@@ -48,7 +48,7 @@ class Views:
 
 
 class MaskedViews(Views):
-    """Views with {"masks": [(H, W) bool for each of the two global crops]}: patches hidden from iBOT's student."""
+    """Samples with {"masks": [(H, W) bool for each of the two global crops]}: patches hidden from iBOT's student."""
 
     def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
         """Return the sample of `image`."""
@@ -61,7 +61,7 @@ class MaskedViews(Views):
 
 
 class PartialViews(Views):
-    """Views with {"keep": [(n,) int64 for each of MSN's random anchors]}: the patches that the student sees of it."""
+    """Samples with {"keep": [(n,) int64 for each of MSN's random anchors]}: the patches that the student sees of it."""
 
     def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
         """Return the sample of `image`; its first crop is the target, the next ones are the random anchors."""

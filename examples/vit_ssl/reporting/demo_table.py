@@ -36,9 +36,12 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def table_protocols(features: str) -> set[str]:
-    """Return the protocols whose rows a table needs; only a pretrained network has prototypes to count."""
-    return {protocol for protocol, _ in ACCURACIES.values()} | ({"prototypes"} if features == "teacher" else set())
+def is_evaluated(directory: Path, features: str) -> bool:
+    """Return whether `evaluate.py all` has written everything that a table takes from these features of a run."""
+    path = directory / "results.jsonl"
+    found = {row["protocol"] for row in read_rows(path) if row["features"] == features} if path.exists() else set()
+    needed = {protocol for protocol, _ in ACCURACIES.values()}
+    return found >= needed | ({"prototypes"} if features == "teacher" else set())  # others have none to count
 
 
 def make_table(output: Path) -> list[Row]:

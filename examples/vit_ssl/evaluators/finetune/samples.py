@@ -17,7 +17,7 @@ from data.augment import random_resized_crop, to_tensor
 from evaluators.finetune.rand_augment import rand_augment
 
 Sample = tuple[int, int, int]
-"""(epoch, index of an image, which of its repetitions)."""
+"""A sample is (epoch, index of an image, which of its repetitions)."""
 
 
 class FinetuneTransform:

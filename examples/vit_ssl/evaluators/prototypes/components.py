@@ -23,11 +23,11 @@ class Components:
     """A trained mixture of K components on the sphere in p dimensions."""
 
     prototypes: Tensor
-    """w (K, p)"""
+    """The prototypes w (K, p)."""
     temperature: float
     """The student's, of kappa = ||w|| / temperature and of the logits of Eq. 6."""
     log_normalizer: Tensor
-    """log C_p(kappa) (K,) up to a constant, zeros without vMF normalisation."""
+    """The normaliser log C_p(kappa) (K,) up to a constant, zeros without vMF normalisation."""
     project: Callable[[Tensor], Tensor]
     """Backbone features (N, D) -> unit vectors y (N, p)."""
     targets: Callable[[Tensor], Tensor] | None = None
