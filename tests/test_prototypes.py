@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from devices import DEVICES
 from dino_original import OriginalHead
@@ -122,10 +123,26 @@ def test_scores_under_autocast(exact, device):
     torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-5)
 
 
-def test_half_scores_skip_what_needs_no_gradient():
-    features = torch.randn(5, P, requires_grad=True)
-    _HalfScores.apply(features, torch.randn(K, P), torch.bfloat16).sum().backward()
-    assert features.grad is not None
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.mm
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wanted", [("features",), ("weight",), ("features", "weight")])
+def test_half_scores_compute_no_gradient_that_nobody_needs(wanted):
+    inputs = {"features": torch.randn(5, P), "weight": torch.randn(K, P)}
+    for name in wanted:
+        inputs[name].requires_grad_()
+    scores = _HalfScores.apply(inputs["features"], inputs["weight"], torch.bfloat16)
+    with Products() as products:
+        scores.sum().backward()
+    assert products.count == len(wanted)
+    assert all((inputs[name].grad is not None) == (name in wanted) for name in inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
