@@ -110,7 +110,7 @@ def test_the_order_names_every_module_once():
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     (built,) = folder.iterdir()
     return built
 
@@ -142,6 +142,6 @@ def test_the_installed_wheel_runs_the_readme(wheel, tmp_path):
 
 def run(python: Path, folder: Path, code: str) -> str:
     """What `code` prints; `python` is isolated from the variables of this process."""
-    done = subprocess.run([python, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([python, "-I", "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -154,5 +154,5 @@ class Session:
         self._bar.close()
         if is_main():
             name = signal.Signals(self.signal).name
-            print(f"{name}: saved step {self._saved_step} in {self.output}; continue with --resume")
+            print(f"{name}: saved step {self._saved_step} in {self.output}; continue with --resume", flush=True)
         sys.exit(128 + self.signal)
