@@ -146,7 +146,7 @@ def test_scores_average_without_log_c(cls):
     loss.softmax_center_teacher(teacher(x), 0.05)
     loss.update_center(teacher(x))
     loss.apply_center_update()
-    scores, norms = raw(copy.deepcopy(teacher).double(), x.double())
+    scores, _ = raw(copy.deepcopy(teacher).double(), x.double())
     printed = vmf_reference.next_center(torch.zeros(K).double(), scores, 0.05, 0.0)
     torch.testing.assert_close(loss.centering.log_center.double(), printed, rtol=1e-4, atol=1e-4)
 

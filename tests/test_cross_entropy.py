@@ -198,7 +198,10 @@ def test_a_centre_of_another_dtype(same_position: bool, dtype: torch.dtype) -> N
     expected = reference(arguments)[0]
     torch.testing.assert_close(loss, expected.to(dtype))
     torch.testing.assert_close(
-        gradients(loss, arguments), gradients(expected, arguments), rtol=1e-4 if dtype == torch.float32 else 1e-7, atol=1e-5
+        gradients(loss, arguments),
+        gradients(expected, arguments),
+        rtol=1e-4 if dtype == torch.float32 else 1e-7,
+        atol=1e-5,
     )
 
 

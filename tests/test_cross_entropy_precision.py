@@ -16,8 +16,9 @@ from vmf_heads.cross_entropy import dino_pairs, prototype_cross_entropy_referenc
 from vmf_heads.prototypes import prototype_log_normalizer
 
 HALF = [torch.bfloat16, torch.float16]
-# How much larger the error may be than the plain loss's. In float32 nearly all of it is the rounding of the logits, which
-# are <w, y / tau> here and <w, y> / tau there. In half precision predictions and targets are rounded, not the difference.
+# How much larger the error may be than the plain loss's. In float32 nearly all of it is the rounding of the logits,
+# which are <w, y / tau> here and <w, y> / tau there. In half precision predictions and targets are rounded, not the
+# difference.
 FLOAT32_MARGIN, HALF_MARGIN = 1.5, 1.25
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import vmf_reference
 from devices import DEVICES
 from dino_original import OriginalHead
-from vmf_heads import VMFPrototypeHead, set_temperature
+from vmf_heads import VMFPrototypeHead
 
 SMALL = {"hidden_dim": 12, "bottleneck_dim": 8}
 VARIANTS = [{"nlayers": n, "use_bn": bn} for n in (1, 2, 3, 4) for bn in (False, True)]

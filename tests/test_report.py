@@ -236,7 +236,11 @@ TWO_HEADS = nn.ModuleList([iBOTHead(4, 8, hidden_dim=4, bottleneck_dim=3) for _ 
         (W, {"thresholds": ()}, r"`thresholds` \(=\) must lie between -1 and 1"),
         (W, {"void_threshold": -1}, r"`void_threshold` \(=-1\) must lie between -1 and 1"),
         (nn.Linear(3, 4), {}, r"`prototypes` \(a Linear\) must contain exactly one prototype head; it contains none"),
-        (TWO_HEADS, {}, r"`prototypes` \(a ModuleList\) must contain exactly one prototype head; it contains 2: '0', '1'"),
+        (
+            TWO_HEADS,
+            {},
+            r"`prototypes` \(a ModuleList\) must contain exactly one prototype head; it contains 2: '0', '1'",
+        ),
     ],
 )
 def test_errors(prototypes: Tensor | nn.Module, options: dict, message: str) -> None:

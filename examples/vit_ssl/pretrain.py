@@ -120,7 +120,12 @@ def train(recipe: Recipe, options: Options) -> None:
     method.attach()
 
     # ------------------------------------------------------------------------------- Optimiser and schedules
-    optimizer = torch.optim.AdamW(parameter_groups(method.student, decay_prototypes=recipe.decay_prototypes))
+    groups = parameter_groups(
+        method.student,
+        decay_prototypes=recipe.decay_prototypes,
+        norms_lr_multiplier=recipe.norms_lr_multiplier,
+    )
+    optimizer = torch.optim.AdamW(groups)
     schedules = Schedules.of(recipe, steps_per_epoch)
 
     # ------------------------------------------------------------------ Checkpoints, log, progress and signals
@@ -184,8 +189,8 @@ def train_step(
 
     # ----------------------------------------------------------------------------------------------- Schedules
     for group in optimizer.param_groups:
-        group["lr"] = now.lr
-        group["weight_decay"] = now.weight_decay if group["decayed"] else 0.0
+        group["lr"] = now.lr * group.get("lr_multiplier", 1.0)
+        group["weight_decay"] = now.weight_decay * group.get("wd_multiplier", 1.0) if group["decayed"] else 0.0
 
     # -------------------------------------------- Forward, loss, backward: gradients add up over micro-batches
     optimizer.zero_grad(set_to_none=True)

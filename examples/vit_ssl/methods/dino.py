@@ -33,6 +33,7 @@ class DINO(Method):
             student_temp=recipe.student_temp,
             center_momentum=recipe.center_momentum,
             centering=recipe.centering,
+            center_on=recipe.center_on,
             fused=recipe.fused_loss,
         )
         super().__init__(recipe, lambda drop_path: build_network(recipe, drop_path=drop_path), loss)

@@ -64,6 +64,7 @@ class IBOT(Method):
             lambda2=settings.patch_weight,
             mim_start_epoch=settings.mask_start_epoch,
             centering=recipe.centering,
+            center_on=recipe.center_on,
             fused=recipe.fused_loss,
         )
         super().__init__(recipe, lambda drop_path: _build_network(recipe, settings, drop_path), loss)
