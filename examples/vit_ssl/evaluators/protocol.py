@@ -39,8 +39,8 @@ class Metric(NamedTuple):
 
 
 FeaturesOf: TypeAlias = Callable[..., Features]
-"""A call `features(split, kind="cls")` extracts features once, on all ranks. The train split is the bank, or what is
-trained on.
+"""A call `features(split, kind="cls")` extracts features once, on all ranks. Protocols search or train on the
+train split.
 
 Kinds: "cls", the [CLS] token (B, D); "last4", the [CLS] tokens of the last four blocks (B, 4 D), as DINO's linear
 protocol has it for ViT-S; "cls+mean_patch", the [CLS] token and the mean patch token (B, 2 D), as it has it for ViT-B.

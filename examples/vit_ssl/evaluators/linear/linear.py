@@ -32,7 +32,7 @@ class LinearOptions:
     """For sgd: run the backbone on new random-resized and flipped crops in every epoch, as DINO and the paper do.
     Without it the features are those of centre crops, made once, which is cheaper."""
     tokens: Literal["auto", "last4", "cls+mean_patch"] = "auto"
-    """For sgd: what [D] is; auto takes, as DINO, last4 up to ViT-S and cls+mean_patch for wider models."""
+    """For sgd: what [D] is; auto takes, as DINO, last4 up to ViT-S and cls+mean_patch for wider ones. [C] is [CLS]."""
     lrs: tuple[float, ...] = LRS
     """For sgd: the learning rates for a batch of 256, scaled by batch_size / 256; the default is iBOT's sweep."""
     epochs: int = 100
