@@ -6,71 +6,88 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vmf_heads import HeadOutput
 from vmf_heads.cross_entropy import prototype_cross_entropy_reference
 
-# (student rows, teacher rows, prototypes K, dimension p, targets per row M): primes and ones on purpose
+# (student rows, teacher rows, prototypes K, dimension p, teacher rows per student row M): primes and ones on purpose
 SHAPES = [(1, 1, 2, 2, 1), (7, 5, 13, 3, 2), (31, 11, 101, 17, 3), (6, 2, 5, 4, 1)]
-GRADIENTS = ("student_features", "student_prototypes", "student_log_normalizer")
-SCALED_GRADIENTS = (*GRADIENTS, "student_scale")
 
 
 def problem(
     shape: tuple[int, int, int, int, int],
     *,
     scales: bool = False,
+    same_position: bool = False,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Arguments with uneven norms, rows without a target and zero weights; temperatures as in DINO.
+    """Arguments with uneven norms, rows without a teacher row and zero weights; temperatures as in DINO.
 
-    With `scales` the prototypes are directions, of any length, and have scales of either sign, the first of them 0.
+    With `scales` the prototypes are directions, of any length, and have scales of either sign, the first of them 0. At
+    the `same_position` there are no teacher rows: student row i is trained towards teacher row i.
     """
     ns, nt, k, p, m = shape
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     weights = torch.rand(ns, m, **options)
     weights[torch.rand(ns, m) < 0.2] = 0
-    arguments = {
-        "student_features": normalize(torch.randn(ns, p, **options), dim=1).requires_grad_(),
-        "student_prototypes": torch.randn(k, p, **options).requires_grad_(),
-        "teacher_features": normalize(torch.randn(nt, p, **options), dim=1),
-        "teacher_prototypes": torch.randn(k, p, **options),
+    return {
+        "student": head_output(ns, k, p, scales=scales, requires_grad=True, **options),
+        "teacher": head_output(nt, k, p, scales=scales, **options),
         "student_temperature": 0.1,
         "teacher_temperature": 0.04,
-        "student_log_normalizer": torch.randn(k, **options).requires_grad_(),
-        "teacher_log_normalizer": torch.randn(k, **options),
         "log_center": torch.randn(k, **options),
-        "targets": torch.randint(-1, nt, (ns, m), device=device),
+        "teacher_rows": None if same_position else torch.randint(-1, nt, (ns, m), device=device),
         "weights": weights,
     }
+
+
+def head_output(
+    rows: int, k: int, p: int, *, scales: bool = False, requires_grad: bool = False, **options: Any
+) -> HeadOutput:
+    """Unit features and prototypes whose tensors are leaves."""
+    features = normalize(torch.randn(rows, p, **options), dim=1)
+    directions = torch.randn(k, p, **options)
+    lengths = None
     if scales:
-        for name in ("student_scale", "teacher_scale"):
-            arguments[name] = torch.randn(k, **options)
-            arguments[name][0] = 0
-        arguments["student_scale"].requires_grad_()
-    return arguments
+        lengths = torch.randn(k, **options)
+        lengths[0] = 0
+    made = HeadOutput(features, directions, lengths)
+    for tensor in made:
+        if tensor is not None:
+            tensor.requires_grad_(requires_grad)
+    return made
+
+
+def cast(output: HeadOutput, dtype: torch.dtype) -> HeadOutput:
+    """The same numbers in another dtype, with gradients to the originals."""
+    features, directions, scales = output
+    return HeadOutput(features.to(dtype), directions.to(dtype), None if scales is None else scales.to(dtype))
+
+
+def weight_normed(output: HeadOutput) -> HeadOutput:
+    """The same prototypes without scales, with gradients to the originals."""
+    return HeadOutput(output.features, output.prototypes, None)
 
 
 def reference(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """The reference's results in float64 for any arguments of the fused loss but `reduction` and `chunk_rows`."""
-    known = {key: value for key, value in arguments.items() if key not in ("reduction", "chunk_rows")}
-    if known.get("targets") is None:
-        rows = len(known["student_features"])
-        known["targets"] = torch.arange(rows, device=known["student_features"].device)[:, None]
-    if known.get("weights") is None:
-        known["weights"] = torch.ones_like(known["targets"])
+    """The reference's results in float64 for any arguments of the fused loss."""
     exact = {
-        key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-        for key, value in known.items()
-        if value is not None
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in arguments.items()
+        if name != "batch_chunk_size"
     }
+    for name in ("student", "teacher"):
+        exact[name] = cast(arguments[name], torch.float64)
     return prototype_cross_entropy_reference(**exact)
 
 
+def learning(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The student's tensors that carry gradients, by name."""
+    named = arguments["student"]._asdict().items()
+    return {name: tensor for name, tensor in named if tensor is not None and tensor.requires_grad}
+
+
 def gradients(loss: Tensor, arguments: dict[str, Any], *, retain_graph: bool = False) -> dict[str, Tensor]:
-    """d loss / d argument of those arguments that carry gradients."""
-    wanted = {
-        name: arguments[name]
-        for name in SCALED_GRADIENTS
-        if arguments.get(name) is not None and arguments[name].requires_grad
-    }
+    """d loss / d tensor of the student's tensors that carry gradients, by name."""
+    wanted = learning(arguments)
     return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), retain_graph=retain_graph), strict=True))

@@ -99,7 +99,8 @@ def test_equations_6_to_9_in_float64(normalizer, fused, centering):
         torch.testing.assert_close(value.double(), want, rtol=2e-5, atol=0)
         scores, norms = raw(exact[1], x[: 2 * BATCH].double())
         if centering == "probability":
-            center = vmf_reference.next_center(center, scores, temperature, 0.9)
+            inside = log_c(norms / temperature) if normalizer == "vmf" else 0.0
+            center = vmf_reference.next_center(center, scores, temperature, 0.9, log_c=inside)
             torch.testing.assert_close(loss.centering.log_center.double(), center, rtol=1e-4, atol=1e-5)
         else:
             bias = temperature * (log_c(norms / temperature) - log_c(torch.ones_like(norms) / temperature))

@@ -48,4 +48,4 @@ def ranks() -> list[list[dict[str, Tensor]]]:
 def test_two_ranks_under_ddp_equal_one_process(case, ranks):
     alone = training(case[0], "plain", None)
     for got in ranks:
-        torch.testing.assert_close(got[CASES.index(case)], alone, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got[CASES.index(case)], alone, rtol=1e-3, atol=1e-5)

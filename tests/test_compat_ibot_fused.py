@@ -195,4 +195,4 @@ def test_autocast(float32_scores: bool, device: str) -> None:
         results.append((losses, gradients, dict(loss.state_dict())))
     torch.testing.assert_close(results[1][0::2], results[0][0::2], rtol=1e-3, atol=1e-4)
     for got, want in zip(*(result[1] for result in results), strict=True):
-        assert (got - want).norm() < (0.01 if float32_scores else 0.02) * want.norm()
+        assert (got - want).norm() < (0.015 if float32_scores else 0.02) * want.norm()

@@ -99,7 +99,7 @@ def test_equations_6_to_9_in_float64(normalizer, centering):
         torch.testing.assert_close(got.double(), sum(terms) / 6, rtol=2e-5, atol=0)
         rows = scores.flatten(0, 1)
         if centering == "probability":
-            center = vmf_reference.next_center(center, rows, temperature, 0.9)
+            center = vmf_reference.next_center(center, rows, temperature, 0.9, log_c=bias)
             torch.testing.assert_close(loss.centering.log_center.double(), center, rtol=1e-4, atol=1e-5)
         else:
             center = 0.9 * center + 0.1 * (rows + temperature * bias).mean(dim=0)

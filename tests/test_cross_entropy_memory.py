@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cross_entropy_problems import problem, reference
-from test_cross_entropy import SCALES
+from test_cross_entropy import CENTER_ON, SAME_POSITION, SCALES
 from vmf_heads import prototype_cross_entropy
+from vmf_heads._memory import CHUNK_BYTES
 
 NS, NT, K, P, M = 60, 40, 211, 3, 2
 
@@ -45,62 +46,54 @@ class NewTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("frozen", "made"),
-    [
-        ([], 1),
-        (["student_scale"], 1),
-        (["student_prototypes"], 1),
-        (["student_prototypes", "student_scale"], 0),
-    ],
+    [([], 1), (["scales"], 1), (["directions"], 1), (["directions", "scales"], 0)],
     ids=str,
 )
-@pytest.mark.parametrize("same_position", [True, False])
+@SAME_POSITION
 def test_of_directions_and_scales_only_the_gradient_of_directions_is_made(
     same_position: bool, frozen: list[str], made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmf_heads._weight_norm._BLOCK", 16 * 30)
-    arguments = problem((NT if same_position else NS, NT, K, 16, 1 if same_position else M), scales=True)
-    if same_position:
-        arguments["targets"] = None
+    monkeypatch.setattr("vmf_heads._memory.CACHE_BYTES", 4 * 16 * 30)
+    arguments = problem(shape(same_position, p=16), scales=True, same_position=same_position)
+    student = arguments["student"]
     for name in frozen:
-        arguments[name].requires_grad_(False)
+        getattr(student, name).requires_grad_(False)
     with NewTensors((K, 16)) as new:
-        loss = prototype_cross_entropy(**arguments, chunk_rows=4)[0]
+        loss = prototype_cross_entropy(**arguments, batch_chunk_size=4)[0]
     assert len(new.addresses) == made
     loss.backward()
-    if "student_prototypes" not in frozen:  # it is what the forward pass made, and no copy
-        assert [arguments["student_prototypes"].grad.data_ptr()] == new.addresses
+    if "directions" not in frozen:  # it is what the forward pass made, and no copy
+        assert [student.directions.grad.data_ptr()] == new.addresses
     with NewTensors((K, 16)) as new:
         reference(arguments)
     assert len(new.addresses) > made
 
 
 @SCALES
-@pytest.mark.parametrize("center_on", ["scores", "responsibilities"])
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("same_position", [True, False])
-def test_no_tensor_is_larger_than_a_chunk_or_a_gradient(
-    same_position: bool, reduction: str, center_on: str, scales: bool
-) -> None:
-    arguments = problem((NT if same_position else NS, NT, K, P, 1 if same_position else M), scales=scales)
-    if same_position:
-        arguments["targets"] = None
+@CENTER_ON
+@SAME_POSITION
+def test_no_tensor_is_larger_than_a_chunk_or_a_gradient(same_position: bool, center_on: str, scales: bool) -> None:
+    arguments = problem(shape(same_position), scales=scales, same_position=same_position)
     largest = LargestResult()
     with largest:
-        loss, _, _ = prototype_cross_entropy(**arguments, chunk_rows=4, reduction=reduction, center_on=center_on)
-        loss.sum().backward()
+        prototype_cross_entropy(**arguments, batch_chunk_size=4, center_on=center_on)[0].backward()
     assert K * P <= largest.elements <= max(4 * K, K * P, NS * P)
 
 
 def test_the_recorder_sees_the_logits_of_the_reference() -> None:
     largest = LargestResult()
     with largest:
-        reference(problem((NS, NT, K, P, M)))[0].backward()
+        reference(problem(shape(False)))[0].backward()
     assert largest.elements == NS * K
 
 
 def test_the_default_chunk_fits_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmf_heads._chunked._CHUNK_BYTES", {"cpu": 5 * K * 4})
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 5 * K * 4)
     largest = LargestResult()
     with largest:
-        prototype_cross_entropy(**problem((NS, NT, K, P, M), dtype=torch.float32))
+        prototype_cross_entropy(**problem(shape(False), dtype=torch.float32))
     assert 4 * K <= largest.elements <= 5 * K
+
+
+def shape(same_position: bool, p: int = P) -> tuple[int, int, int, int, int]:
+    return (NT, NT, K, p, 1) if same_position else (NS, NT, K, p, M)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_needs_no_network(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     pages = sorted(tmp_path.rglob("*.html"))
     assert {"index.html", "method.html", "api.html"} <= {page.name for page in pages}

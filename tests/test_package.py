@@ -22,14 +22,12 @@ SOURCE = ROOT / "src/vmf_heads"
 # Changing a line here changes the public contract: say so in CHANGELOG.md.
 SIGNATURES = """
 HeadOutput(features, directions, scales)
-ProbabilityCentering(num_prototypes, momentum=0.9, *, center_on='scores', process_group=None)
+ProbabilityCentering(num_prototypes, momentum=0.9, *, center_on='responsibilities', process_group=None)
 VMFPrototypeHead(in_dim, out_dim=65536, use_bn=False, norm_last_layer=False, nlayers=3, hidden_dim=2048, \
-bottleneck_dim=256, *, mlp_bias=True, temperature=0.1, normalizer='vmf', output='logits', logits_dtype=None)
+bottleneck_dim=256, *, mlp_bias=True, temperature=0.1, normalizer='vmf', output='logits', float32_scores=False)
 log_vmf_normalizer(kappa, p, *, relative=False, compiled=None)
-prototype_cross_entropy(student_features, student_prototypes, teacher_features, teacher_prototypes, *, \
-student_temperature, teacher_temperature, student_scale=None, teacher_scale=None, student_log_normalizer=None, \
-teacher_log_normalizer=None, log_center=None, targets=None, weights=None, center_on='scores', reduction='sum', \
-chunk_rows=None, compiled=False)
+prototype_cross_entropy(student, teacher, *, student_temperature, teacher_temperature, normalizer='vmf', \
+log_center=None, teacher_rows=None, weights=None, center_on='responsibilities', batch_chunk_size=None)
 prototype_report(prototypes, features=None, *, scores=None, temperature=None, log_normalizer=None, log_center=None, \
 thresholds=(0.9,), void_threshold=0.9)
 set_temperature(module, temperature)
@@ -37,9 +35,9 @@ vmf_mean_resultant(kappa, p, *, compiled=None)
 """
 DINO_SIGNATURES = """
 DINOHead(in_dim, out_dim=65536, use_bn=False, norm_last_layer=False, nlayers=3, hidden_dim=2048, \
-bottleneck_dim=256, *, mlp_bias=True, temperature=0.1, normalizer='vmf', output='logits', logits_dtype=None)
+bottleneck_dim=256, *, mlp_bias=True, temperature=0.1, normalizer='vmf', output='logits', float32_scores=False)
 DINOLoss(out_dim, ncrops, warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs, student_temp=0.1, \
-center_momentum=0.9, *, centering='probability', center_on='scores', fused=False, process_group=None)
+center_momentum=0.9, *, centering='probability', center_on='responsibilities', fused=False, process_group=None)
 """
 
 
@@ -60,14 +58,15 @@ def test_version():
 
 # From the bottom up: a module imports from rows above its own, or from its own in the order given.
 LAYERS = [
-    ["_checks", "_debye", "_distributed", "_epilogues", "_matmul", "_weight_norm", "_duplicates", "_findings"],
+    ["_checks", "_debye", "_distributed", "_matmul", "_memory", "_duplicates", "mlp"],
     ["_expansion", "_compiled", "special"],
-    ["_prototypes", "head", "centering"],
+    ["prototypes", "optim", "head", "centering"],
     ["_chunked", "cross_entropy", "report"],
-    ["", "compat", "compat._attach", "compat._sinkhorn", "compat._temperature", "compat.convert"],
-    ["compat._centre", "compat._objective", "compat._attached", "compat._centred"],
-    ["compat.dino", "compat._ibot_head", "compat._ibot_tokens", "compat.ibot", "compat.msn"],
-    ["compat._lightly_heads", "compat._lightly_patches", "compat.lightly", "compat.dinov2", "compat.dinov3"],
+    ["", "compat", "compat._sinkhorn", "compat._temperature", "compat.convert"],
+    ["compat._teacher", "compat._attached"],
+    ["compat.dino", "compat.dinov2", "compat.dinov3", "compat.msn"],
+    ["compat.ibot.head", "compat.ibot.tokens", "compat.ibot.loss", "compat.ibot"],
+    ["compat.lightly.heads", "compat.lightly.dino_loss", "compat.lightly.patch_losses", "compat.lightly"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 
@@ -103,11 +102,15 @@ def test_imports_point_one_way(path):
     assert inside <= set(below), f"{name_of(path)} imports {inside - set(below)}, which stand above it in ORDER"
 
 
+def test_the_order_names_every_module_once():
+    assert sorted(ORDER) == sorted(name_of(path) for path in SOURCE.rglob("*.py"))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     (built,) = folder.iterdir()
     return built
 
@@ -139,6 +142,6 @@ def test_the_installed_wheel_runs_the_readme(wheel, tmp_path):
 
 def run(python: Path, folder: Path, code: str) -> str:
     """What `code` prints; `python` is isolated from the variables of this process."""
-    done = subprocess.run([python, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([python, "-I", "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,13 +1,17 @@
-"""The last layer: DINO's names, its checkpoints in every flavour, gradients of the norms, half precision."""
+"""The last layers: DINO's names, its checkpoints in every flavour, gradients of the norms, half precision, shards."""
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from devices import DEVICES
 from dino_original import OriginalHead
-from vmf_heads._matmul import mm_float32
-from vmf_heads._prototypes import Prototypes, _HalfScores, prototype_log_normalizer
+from gloo import run_on_ranks
+from vmf_heads import HeadOutput
+from vmf_heads._matmul import linear_float32, mm_float32
+from vmf_heads.prototypes import LinearPrototypes, Prototypes, prototype_log_normalizer
 from vmf_heads.special import vmf_mean_resultant
 
 K, P = 7, 16
@@ -93,39 +97,50 @@ def test_prototypes_of_norm_one_have_log_normalizer_zero():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (0,), ()])
 def test_half_scores_round_the_operands_only(dtype, shape):
-    """Forward and backward against float64 of the rounded operands; production uses it under CUDA autocast only."""
+    """Forward and backward against float64 of the rounded operands, in the product that CUDA autocast takes, too."""
     features = torch.randn(*shape, P).div(4).requires_grad_()
-    weight = torch.randn(K, P).mul(3).requires_grad_()
+    weight = torch.randn(K, P).mul(3).to(dtype).requires_grad_()
     upstream = torch.randn(*shape, K)
-    scores = _HalfScores.apply(features, weight, dtype)
+    scores = linear_float32(features, weight)
     grad_features, grad_weight = torch.autograd.grad(scores, (features, weight), upstream)
     y, w, g = (x.detach().to(dtype).double() for x in (features, weight, upstream))
-    assert scores.dtype == grad_features.dtype == grad_weight.dtype == torch.float32
+    assert scores.dtype == grad_features.dtype == torch.float32
+    assert grad_weight.dtype == dtype  # as of every parameter
     tolerance = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
     torch.testing.assert_close(scores, y @ w.t(), **tolerance)
     torch.testing.assert_close(grad_features, g @ w, **tolerance)
-    torch.testing.assert_close(grad_weight, g.reshape(-1, K).t() @ y.reshape(-1, P), **tolerance)
+    want = (g.reshape(-1, K).t() @ y.reshape(-1, P)).to(dtype)
+    torch.testing.assert_close(grad_weight, want, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("exact", [False, True])
-def test_scores_under_autocast(exact, device):
+@pytest.mark.parametrize("layer", [Prototypes, LinearPrototypes])
+def test_scores_under_autocast(layer, exact, device):
     """Always float32; on CUDA of rounded operands unless `exact`, elsewhere never rounded."""
-    prototypes, features = Prototypes(P, K).to(device), torch.randn(6, P, device=device)
+    prototypes, features = layer(P, K).to(device), torch.randn(6, P, device=device)
     with torch.autocast(device, torch.bfloat16):
         scores = prototypes(features, exact=exact)
+        of_output = prototypes.with_features(features).scores(exact=exact)
     assert scores.dtype == torch.float32
+    y, w = features.double(), prototypes.weight.double()
     if device == "cuda" and not exact:
-        want = _HalfScores.apply(features, prototypes.weight, torch.bfloat16)
-    else:
-        want = (features.double() @ prototypes.weight.double().t()).float()
-    torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-5)
+        y, w = y.bfloat16().double(), w.bfloat16().double()
+    torch.testing.assert_close(scores, (y @ w.t()).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_output, scores, rtol=0, atol=0)
 
 
-def test_half_scores_skip_what_needs_no_gradient():
-    features = torch.randn(5, P, requires_grad=True)
-    _HalfScores.apply(features, torch.randn(K, P), torch.bfloat16).sum().backward()
-    assert features.grad is not None
+@pytest.mark.parametrize("wanted", ["features", "weight"])
+def test_half_scores_skip_what_needs_no_gradient(wanted):
+    features, weight = torch.randn(5, P), torch.randn(K, P).bfloat16()
+    {"features": features, "weight": weight}[wanted].requires_grad_()
+    products = []
+    with pytest.MonkeyPatch.context() as patch:
+        scores = linear_float32(features, weight)
+        patch.setattr("vmf_heads._matmul.mm_float32", lambda a, b: products.append(a) or mm_float32(a, b))
+        scores.sum().backward()
+    assert len(products) == 1
+    assert (features.grad is None, weight.grad is None) == (wanted == "weight", wanted == "features")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -156,3 +171,70 @@ def test_a_plain_weight_keeps_its_norms_and_may_hold_a_zero_row():
     prototypes = Prototypes(8, 5)
     prototypes.load_state_dict({"weight": weight})
     torch.testing.assert_close(prototypes.weight, weight.float())
+
+
+@pytest.mark.parametrize("layer", [Prototypes, LinearPrototypes])
+def test_both_layers_agree_on_what_they_are(layer):
+    """The interface that heads, losses and reports rely on."""
+    prototypes = layer(P, K)
+    with torch.no_grad():
+        for parameter in prototypes.parameters():
+            parameter.mul_(torch.linspace(-2, 3, K).unsqueeze(1))
+    features = nn.functional.normalize(torch.randn(4, P), dim=1)
+    w = prototypes.weight
+    output = prototypes.with_features(features)
+    torch.testing.assert_close(prototypes.norms, w.norm(dim=1))
+    torch.testing.assert_close(output.norms, prototypes.norms, rtol=0, atol=0)
+    torch.testing.assert_close(output.prototypes, w, rtol=0, atol=0)
+    torch.testing.assert_close(output.scores(), features @ w.t())
+    torch.testing.assert_close(prototypes(features), output.scores(), rtol=0, atol=0)
+    torch.testing.assert_close(prototypes.gathered_norms(), prototypes.norms, rtol=0, atol=0)
+    torch.testing.assert_close(prototypes.gathered(), w, rtol=0, atol=0)
+    assert not prototypes.gathered_norms().requires_grad
+    assert not prototypes.gathered().requires_grad
+    assert (prototypes.dim, prototypes.num_prototypes, prototypes.norms_require_grad) == (P, K, True)
+
+
+def test_frozen_norms_are_said_to_be_frozen():
+    assert not Prototypes(P, K, freeze_norms=True).norms_require_grad
+    assert not LinearPrototypes(P, K).requires_grad_(False).norms_require_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_half_precision_rows_do_not_overflow(dtype):
+    """The squares of 300 add up to more than float16 can hold."""
+    output = HeadOutput(torch.ones(1, P), torch.full((K, P), 300, dtype=dtype), None)
+    torch.testing.assert_close(output.norms, torch.full((K,), 1200.0))
+    layer = LinearPrototypes(P, K).to(dtype)
+    layer.weight.data.fill_(300)
+    torch.testing.assert_close(layer.gathered_norms(), torch.full((K,), 1200.0))
+
+
+@pytest.mark.parametrize("scales", [None, torch.linspace(-1, 3, K)], ids=["prototypes", "scales"])
+@pytest.mark.parametrize("shape", [(9,), (2, 3), (0,)], ids=str)
+def test_the_sum_of_scores_needs_no_scores(shape, scales):
+    output = HeadOutput(torch.randn(*shape, P).bfloat16(), torch.randn(K, P) * 3, scales)
+    want = output._replace(features=output.features.float()).scores().reshape(-1, K).sum(dim=0)
+    torch.testing.assert_close(output.score_sum(), want, rtol=1e-5, atol=1e-5)
+
+
+def gathered_of_rank(rank: int) -> list[dict[str, torch.Tensor]]:
+    results = []
+    for layer in (Prototypes, LinearPrototypes):
+        torch.manual_seed(1)
+        prototypes = layer(P, K)
+        with torch.no_grad():
+            for parameter in prototypes.parameters():
+                parameter.mul_(torch.linspace(-2, 3, K).unsqueeze(1))
+        whole = {"norms": prototypes.norms.detach(), "weight": prototypes.weight.detach().clone()}
+        fully_shard(prototypes, mesh=init_device_mesh("cpu", (2,)))
+        sharded = {"norms": prototypes.gathered_norms(), "weight": prototypes.gathered()}
+        results += [whole, sharded]
+    return results
+
+
+def test_outside_of_a_forward_the_shards_of_fsdp2_are_gathered():
+    for whole, sharded, linear, linear_sharded in run_on_ranks(gathered_of_rank):
+        torch.testing.assert_close(sharded, whole)
+        torch.testing.assert_close(linear_sharded, linear)
+        assert len(whole["norms"]) == K

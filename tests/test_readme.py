@@ -37,7 +37,7 @@ def test_python_runs_and_prints_what_it_says(page: Path) -> None:
 
 def test_the_first_screen_of_the_readme() -> None:
     """What it is, one formula, one figure, one number with its command, the installation and the lines to change."""
-    lines = (ROOT / "README.md").read_text().splitlines()[:35]
+    lines = (ROOT / "README.md").read_text().splitlines()[:40]
     assert {"```math", "```diff"} <= set(lines)
     assert "+    dino_loss.attach(student, teacher)  # once both are built and wrapped" in lines
     screen = "\n".join(lines)
@@ -52,16 +52,28 @@ def test_the_readme_shows_the_result_of_the_demo() -> None:
         assert re.search(rf"^\|[^|]*{row}[^|]*(\|[^|]*\d[^|]*)+\|", block[1], re.MULTILINE), row
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_exist(page: Path) -> None:
+def commands(page: Path) -> dict[str, set[str]]:
+    """What the page tells a reader to type: targets of make, scripts, recipes."""
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     code = "\n".join([block for _, block in code_blocks(page, "")] + re.findall(r"`([^`\n]+)`", prose))
+    patterns = {"make": r"\bmake ([a-z-]+)", "script": r"\bpython ([\w/]+\.py)", "recipe": r"--recipe ([a-z]\w*)"}
+    return {kind: set(re.findall(pattern, code)) for kind, pattern in patterns.items()}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page).values())], ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    found = commands(page)
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z-]+)", code)) <= targets
-    for script in re.findall(r"\bpython ([\w/]+\.py)", code):
-        assert (ROOT / script).is_file(), script
-    for recipe in re.findall(r"--recipe ([a-z]\w*)", code):
-        assert (RECIPES / f"{recipe}.yaml").is_file(), recipe
+    assert found["make"] <= targets
+    assert all((ROOT / script).is_file() for script in found["script"]), found["script"]
+    assert all((RECIPES / f"{recipe}.yaml").is_file() for recipe in found["recipe"]), found["recipe"]
+
+
+def test_commands_and_links_are_found() -> None:
+    assert {"demo", "test"} <= commands(ROOT / "README.md")["make"]
+    for kind in ("script", "recipe"):
+        assert set().union(*(commands(page)[kind] for page in PAGES)), kind
+    assert links_to_files(ROOT / "README.md")
 
 
 def test_every_recipe_is_in_the_docs() -> None:
@@ -70,8 +82,13 @@ def test_every_recipe_is_in_the_docs() -> None:
     assert sorted(listed) == sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def links_to_files(page: Path) -> list[str]:
+    """Targets of the page's links, without those to the web and within the page."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    return [target.split("#")[0] for target in targets if not target.startswith(("http", "#"))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if links_to_files(page)], ids=lambda page: page.name)
 def test_links_to_files(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if not target.startswith(("http", "#")):
-            assert (page.parent / target.split("#")[0]).exists(), target
+    for target in links_to_files(page):
+        assert (page.parent / target).exists(), target

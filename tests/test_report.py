@@ -16,6 +16,7 @@ from devices import DEVICES
 from gloo import run_on_ranks
 from vmf_heads import VMFPrototypeHead, log_vmf_normalizer, prototype_report
 from vmf_heads._duplicates import count_duplicates
+from vmf_heads._memory import CHUNK_BYTES
 from vmf_heads.compat.ibot import iBOTHead
 
 THRESHOLDS = (0.3, 0.5, 0.9, 0.99)
@@ -206,8 +207,7 @@ class LargestResult(TorchDispatchMode):
 
 def test_no_tensor_has_k_times_k_or_n_times_k_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     total, rows = 500, 700
-    for module in ("_duplicates._BLOCK", "report._CHUNK"):
-        monkeypatch.setattr(f"vmf_heads.{module}_ELEMENTS", 8 * total)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 8 * total)
     prototypes, features = torch.randn(total, 6), F.normalize(torch.randn(rows, 6), dim=1)
     whole = LargestResult()
     with whole:
@@ -235,8 +235,12 @@ TWO_HEADS = nn.ModuleList([iBOTHead(4, 8, hidden_dim=4, bottleneck_dim=3) for _ 
         (W, {"thresholds": (0.9, 1.0)}, r"`thresholds` \(=0.9, 1.0\) must lie between -1 and 1"),
         (W, {"thresholds": ()}, r"`thresholds` \(=\) must lie between -1 and 1"),
         (W, {"void_threshold": -1}, r"`void_threshold` \(=-1\) must lie between -1 and 1"),
-        (nn.Linear(3, 4), {}, r"`prototypes` \(a Linear\) must contain exactly one VMFPrototypeHead, not 0"),
-        (TWO_HEADS, {}, r"`prototypes` \(a ModuleList\) must contain exactly one VMFPrototypeHead, not 2"),
+        (nn.Linear(3, 4), {}, r"`prototypes` \(a Linear\) must contain exactly one prototype head; it contains none"),
+        (
+            TWO_HEADS,
+            {},
+            r"`prototypes` \(a ModuleList\) must contain exactly one prototype head; it contains 2: '0', '1'",
+        ),
     ],
 )
 def test_errors(prototypes: Tensor | nn.Module, options: dict, message: str) -> None:

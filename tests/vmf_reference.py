@@ -1,4 +1,4 @@
-"""Eq. 5 to 9 of the paper as they are printed, in float64 with SciPy's Bessel function: what the library must equal."""
+"""Eq. 5 to 9 of the paper, in float64 with SciPy's Bessel function: what the library must equal."""
 
 import math
 
@@ -32,9 +32,11 @@ def teacher(scores: Tensor, norms: Tensor, p: int, temperature: float, center: T
     return (scores / temperature + log_normalizer(norms / temperature, p) - center).softmax(dim=1)
 
 
-def next_center(center: Tensor, scores: Tensor, temperature: float, momentum: float) -> Tensor:
-    """Eq. 9, row by row."""
+def next_center(
+    center: Tensor, scores: Tensor, temperature: float, momentum: float, *, log_c: Tensor | float = 0.0
+) -> Tensor:
+    """Eq. 9, row by row: as it is printed, or of responsibilities, with log C_p (K,) of the prototypes as `log_c`."""
     mean = torch.zeros_like(center)
     for row in scores:
-        mean += (row / temperature).softmax(dim=0) / len(scores)
+        mean += (row / temperature + log_c).softmax(dim=0) / len(scores)
     return momentum * center + (1 - momentum) * mean.log()

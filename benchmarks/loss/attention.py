@@ -70,12 +70,12 @@ class _ByAttention(Function):
     ) -> Tensor:
         tau, teacher_w = STUDENT_TEMPERATURE, inputs.teacher_prototypes()
         q, teacher_q = y / tau, inputs.teacher_y / TEACHER_TEMPERATURE
-        targets, weights = _pairs(inputs)
+        teacher_rows, weights = _pairs(inputs)
         row_weight, target_weight = weights.sum(dim=1), y.new_zeros(len(teacher_q))
         target_features = torch.zeros_like(teacher_q)
-        for m in range(targets.shape[1]):
-            target_weight.index_add_(0, targets[:, m], weights[:, m])
-            target_features.index_add_(0, targets[:, m], weights[:, m : m + 1] * y)
+        for m in range(teacher_rows.shape[1]):
+            target_weight.index_add_(0, teacher_rows[:, m], weights[:, m])
+            target_features.index_add_(0, teacher_rows[:, m], weights[:, m : m + 1] * y)
 
         average, lse = attention(q, w, w, b)  # P W
         features, log_p = attention(w, q, y, row_weight.log() - lse)
@@ -85,12 +85,12 @@ class _ByAttention(Function):
         mean = target_features / target_weight[:, None]
         teacher_features, log_t = attention(teacher_w, teacher_q, mean, target_weight.log() - teacher_lse)
         t = torch.exp(log_t + offset)  # T' of the weights
-        _, raw_lse = attention(teacher_q, teacher_w, teacher_w, torch.zeros_like(b))
-        attention(teacher_w, teacher_q, inputs.teacher_y, -raw_lse)  # the statistics, log_sum
+        _, statistics_lse = attention(teacher_q, teacher_w, teacher_w, teacher_bias)
+        attention(teacher_w, teacher_q, inputs.teacher_y, -statistics_lse)  # log_sum, but for adding the bias
 
         dy = row_weight[:, None] * average
-        for m in range(targets.shape[1]):
-            dy -= weights[:, m : m + 1] * teacher_average[targets[:, m]]
+        for m in range(teacher_rows.shape[1]):
+            dy -= weights[:, m : m + 1] * teacher_average[teacher_rows[:, m]]
         ctx.save_for_backward(dy / tau, (p[:, None] * features - t[:, None] * teacher_features) / tau, p - t)
         return row_weight @ lse - (target_features * teacher_average).sum() / tau - b @ t
 
@@ -100,14 +100,14 @@ class _ByAttention(Function):
 
 
 def _pairs(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Teacher rows and weights (Ns, M) as `fused` has them; a row without a target has target 0 of weight 0."""
+    """Teacher rows and weights (Ns, M) as `fused` has them; where there is none the teacher row is 0, of weight 0."""
     size, device = inputs.size, inputs.y.device
     if not size.ncrops:
         return torch.arange(len(inputs.y), device=device)[:, None], torch.full(
             (len(inputs.y), 1), 1 / size.images, device=device
         )
-    targets, weights = dino_pairs(size.images, size.ncrops, device=device)
-    return targets.clamp(min=0), weights.float().masked_fill(targets < 0, 0)
+    teacher_rows, weights = dino_pairs(size.images, size.ncrops, device=device)
+    return teacher_rows.clamp(min=0), weights.float().masked_fill(teacher_rows < 0, 0)
 
 
 def _operands(*matrices: Tensor) -> list[Tensor]:

@@ -8,13 +8,14 @@ from torch import Tensor
 from benchmarks.loss.inputs import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, Inputs
 from vmf_heads import _chunked, prototype_cross_entropy
 from vmf_heads._matmul import autocast_dtype, mm_float32
+from vmf_heads._memory import rows_per_chunk
 from vmf_heads.cross_entropy import dino_pairs
 
 Contender = Callable[[Inputs], Tensor]
 
 PLAIN, COMPILED, PRODUCTS = "plain DINO", "plain DINO, compiled", "the matrix products alone"
 FUSED, UNFUSED = "vMF, fused", "vMF, unfused"
-FUSED_COMPILED, FLEX, SDPA = "vMF, fused, compiled between products", "vMF, flex_attention", "vMF, SDPA"
+FLEX, SDPA = "vMF, flex_attention", "vMF, SDPA"
 
 
 def plain(inputs: Inputs) -> Tensor:
@@ -34,28 +35,27 @@ def unfused(inputs: Inputs) -> Tensor:
     student = inputs.y @ inputs.prototypes().T / STUDENT_TEMPERATURE + bias
     with torch.no_grad():
         raw = inputs.teacher_y @ inputs.teacher_prototypes().T / TEACHER_TEMPERATURE
-        targets = torch.softmax(raw + teacher_bias - inputs.center, dim=1)
-        torch.log_softmax(raw, dim=1).logsumexp(dim=0)
+        logits = raw + teacher_bias
+        targets = torch.softmax(logits - inputs.center, dim=1)
+        torch.log_softmax(logits, dim=1).logsumexp(dim=0)
     return _pairs(student, targets, inputs.size.ncrops)
 
 
-def fused(inputs: Inputs, *, compiled: bool = False) -> Tensor:
+def fused(inputs: Inputs, *, normalizer: str = "vmf") -> Tensor:
     """DINO-vMF by `prototype_cross_entropy`, from directions and scales where the start is a head's parameters."""
-    bias, teacher_bias = inputs.log_normalizers()
     size = inputs.size
-    targets, weights = dino_pairs(size.images, size.ncrops, device=inputs.y.device) if size.ncrops else (None, None)
+    teacher_rows, weights = (
+        dino_pairs(size.images, size.ncrops, device=inputs.y.device) if size.ncrops else (None, None)
+    )
     loss, _, _ = prototype_cross_entropy(
-        student_features=inputs.y,
-        teacher_features=inputs.teacher_y,
-        **inputs.operands(),
+        inputs.student,
+        inputs.teacher,
         student_temperature=STUDENT_TEMPERATURE,
         teacher_temperature=TEACHER_TEMPERATURE,
-        student_log_normalizer=bias,
-        teacher_log_normalizer=teacher_bias,
+        normalizer=normalizer,
         log_center=inputs.center[0],
-        targets=targets,
+        teacher_rows=teacher_rows,
         weights=weights,
-        compiled=compiled,
     )
     return loss if size.ncrops else loss / size.images
 
@@ -63,13 +63,12 @@ def fused(inputs: Inputs, *, compiled: bool = False) -> Tensor:
 @torch.no_grad()
 def products(inputs: Inputs) -> None:
     """The products of `fused` in the same chunks and dtype and nothing else: the floor of its time."""
-    operands = inputs.operands()
     half = autocast_dtype(inputs.y.device)
     w, teacher_w, y, teacher_y = (
         x if half is None else x.to(half)
-        for x in (operands["student_prototypes"], operands["teacher_prototypes"], inputs.y, inputs.teacher_y)
+        for x in (inputs.student.directions, inputs.teacher.directions, inputs.y, inputs.teacher_y)
     )
-    k, rows = len(w), _chunked._CHUNK_BYTES[w.device.type] // (4 * len(w))
+    k, rows = len(w), rows_per_chunk(len(w), w.device)
     gradient, same_position = torch.zeros(w.shape, device=w.device), not inputs.size.ncrops
     chunks = _chunked._chunks(len(y), rows // 3 if same_position else rows)
     buffer = torch.empty(chunks[0].stop, k, device=w.device)

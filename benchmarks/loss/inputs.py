@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vmf_heads._prototypes import prototype_log_normalizer
+from vmf_heads import HeadOutput
+from vmf_heads.prototypes import prototype_log_normalizer
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 
@@ -54,7 +55,7 @@ QUICK = [Size("small", 6, 16, 8192, 128), Size("patches", 0, 256, 8192, 128)]
 
 
 class Inputs:
-    """Features, prototypes, log C_p and a centre. `leaves` carry gradients.
+    """Features, prototypes and a centre. `leaves` carry gradients.
 
     With `weight_norm` the leaves are the parameters of a head, and `prototypes` makes its prototypes of them.
     """
@@ -74,39 +75,37 @@ class Inputs:
         self._teacher_v, self._teacher_g = directions[1].clone(), norms[1].clone()
         self._w = (norms[0] * directions[0]).requires_grad_()
         self._teacher_w = norms[1] * directions[1]
-        self._b = self._log_c(self._g, STUDENT_TEMPERATURE).detach().requires_grad_()
-        self._teacher_b = self._log_c(self._teacher_g, TEACHER_TEMPERATURE)
         self.center = torch.zeros(1, k, device=device)
+
+    @property
+    def student(self) -> HeadOutput:
+        """What the student's head hands to the fused loss."""
+        return (
+            HeadOutput(self.y, self._v, self._g.squeeze(1)) if self.weight_norm else HeadOutput(self.y, self._w, None)
+        )
+
+    @property
+    def teacher(self) -> HeadOutput:
+        """What the teacher's head hands to it."""
+        if self.weight_norm:
+            return HeadOutput(self.teacher_y, self._teacher_v, self._teacher_g.squeeze(1))
+        return HeadOutput(self.teacher_y, self._teacher_w, None)
 
     def prototypes(self) -> Tensor:
         """The student's (K, p)."""
-        return torch._weight_norm(self._v, self._g, 0) if self.weight_norm else self._w
+        return self.student.prototypes
 
     def teacher_prototypes(self) -> Tensor:
         """The teacher's (K, p)."""
-        return torch._weight_norm(self._teacher_v, self._teacher_g, 0) if self.weight_norm else self._teacher_w
-
-    def operands(self) -> dict[str, Tensor | None]:
-        """Both sets of prototypes as `prototype_cross_entropy` takes them."""
-        if not self.weight_norm:
-            return {"student_prototypes": self._w, "teacher_prototypes": self._teacher_w}
-        return {
-            "student_prototypes": self._v,
-            "student_scale": self._g.squeeze(1),
-            "teacher_prototypes": self._teacher_v,
-            "teacher_scale": self._teacher_g.squeeze(1),
-        }
+        return self.teacher.prototypes
 
     def log_normalizers(self) -> tuple[Tensor, Tensor]:
         """log C_p of the student's prototypes, with a gradient, and of the teacher's, (K,) each."""
-        if not self.weight_norm:
-            return self._b, self._teacher_b
-        return self._log_c(self._g, STUDENT_TEMPERATURE), self._log_c(self._teacher_g, TEACHER_TEMPERATURE)
+        pairs = (self.student, STUDENT_TEMPERATURE), (self.teacher, TEACHER_TEMPERATURE)
+        student, teacher = (prototype_log_normalizer(head.norms, self.size.dimension, tau) for head, tau in pairs)
+        return student, teacher
 
     @cached_property
     def leaves(self) -> list[Tensor]:
-        """What a step leaves a gradient on (log C_p only where the contender has it)."""
-        return [self.y, self._v, self._g] if self.weight_norm else [self.y, self._w, self._b]
-
-    def _log_c(self, norms: Tensor, temperature: float) -> Tensor:
-        return prototype_log_normalizer(norms.squeeze(1), self.size.dimension, temperature)
+        """What a step leaves a gradient on."""
+        return [self.y, self._v, self._g] if self.weight_norm else [self.y, self._w]

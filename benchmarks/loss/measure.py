@@ -70,7 +70,6 @@ def _contenders(inputs: Inputs, *, autocast: bool) -> tuple[dict[str, contenders
         contenders.COMPILED: torch.compile(contenders.plain, dynamic=False),
         contenders.UNFUSED: contenders.unfused,
         contenders.FUSED: contenders.fused,
-        contenders.FUSED_COMPILED: partial(contenders.fused, compiled=True),
     }
     if inputs.y.is_cuda:
         calls[contenders.FLEX] = partial(attention.by_attention, attention=attention.flex)

@@ -82,11 +82,11 @@ def _liger(size: Size) -> Contender:
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=True)
 
     def call(inputs: Inputs) -> Tensor:
-        targets, weights = dino_pairs(size.images, size.ncrops, device=inputs.y.device)
+        teacher_rows, weights = dino_pairs(size.images, size.ncrops, device=inputs.y.device)
         student, teacher = inputs.prototypes(), inputs.teacher_prototypes()
         no_labels = torch.zeros(size.images, dtype=torch.int64, device=inputs.y.device)
         total = torch.zeros((), device=inputs.y.device)
-        for v, (rows, y) in enumerate(zip(targets.chunk(size.ncrops), inputs.y.chunk(size.ncrops), strict=True)):
+        for v, (rows, y) in enumerate(zip(teacher_rows.chunk(size.ncrops), inputs.y.chunk(size.ncrops), strict=True)):
             for u in range(2):
                 if u != v:
                     pair = (

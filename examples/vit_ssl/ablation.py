@@ -61,11 +61,11 @@ class Ablation:
             )
 
     def directory(self, normalization: str, centering: str, seed: int) -> Path:
-        """Where the run of one cell lives."""
+        """Return where the run of one cell lives."""
         return self.output / f"{normalization}-{centering}-seed{seed}"
 
     def jobs(self) -> list[Job]:
-        """What is left to do, cell by cell."""
+        """Return what is left to do, cell by cell."""
         todo = []
         for seed in self.seeds:
             for normalization in NORMALIZATIONS:
@@ -112,7 +112,7 @@ def main(ablation: Ablation) -> None:
 
 
 def in_lanes(jobs: Sequence[Job], lanes: int) -> dict[str, list[Job]]:
-    """The jobs dealt out to lanes; those of one cell stay together, in their order."""
+    """Return the jobs dealt out to lanes; those of one cell stay together, in their order."""
     cells = list(dict.fromkeys(job.log for job in jobs))
     return {
         f"lane {lane + 1}": [job for job in jobs if cells.index(job.log) % lanes == lane]
@@ -121,7 +121,7 @@ def in_lanes(jobs: Sequence[Job], lanes: int) -> dict[str, list[Job]]:
 
 
 def accuracy(run: Path, split: str) -> float | None:
-    """The kNN accuracy of a run's teacher, None where it has not been evaluated; the newest one counts."""
+    """Return the kNN accuracy of a run's teacher, None where it has not been evaluated; the newest one counts."""
     path = run / "results.jsonl"
     rows = read_rows(path) if path.exists() else []
     found = [
@@ -131,7 +131,7 @@ def accuracy(run: Path, split: str) -> float | None:
 
 
 def table(ablation: Ablation) -> str:
-    """Table 8 in Markdown: per cent of every seed, their mean and standard deviation; – where a run is missing."""
+    """Return Table 8 in Markdown: per cent of every seed, mean and standard deviation, and – where a run is missing."""
     heads = [f"{centering}, seeds {', '.join(map(str, ablation.seeds))}" for centering in CENTERINGS]
     lines = [f"| kNN, {ablation.split} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for normalization, name in NORMALIZATIONS.items():

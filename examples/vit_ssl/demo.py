@@ -28,10 +28,10 @@ from reporting.demo_table import (
     RUNS,
     compare_knn,
     format_table,
+    is_evaluated,
     make_table,
     read_rows,
     sentence,
-    table_protocols,
 )
 from runtime.lanes import Job, JobFailed, last_row, run_lanes
 
@@ -75,7 +75,7 @@ def main(output: Path = Path("runs/demo"), max_steps: int | None = None, redraw:
     results = collect(output, recipes, max_steps)
     draw(output, results)
     results["seconds"] = round(time.monotonic() - began, 1)
-    # Last, and in one step: a demo is finished when results.json is there.
+    # This comes last, and in one step: a demo is finished when results.json is there.
     partial = output / "results.json.partial"
     partial.write_text(json.dumps(results, indent=1))
     partial.replace(output / "results.json")
@@ -107,7 +107,7 @@ def claim(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> No
 
 
 def jobs(output: Path, run: str, recipe: Recipe, max_steps: int | None) -> list[Job]:
-    """What is left to do for one run: its pretraining, then the evaluations whose rows live in its directory."""
+    """Return what is left to do for one run: its pretraining, then the evaluations whose rows live in its directory."""
     directory = output / run
     log = directory / "log.txt"
     steps = recipe.epochs * (len(load_images(recipe.dataset, "train")) // recipe.batch_size)
@@ -119,21 +119,14 @@ def jobs(output: Path, run: str, recipe: Recipe, max_steps: int | None) -> list[
         command += ["--resume"] if (directory / "checkpoint.pt").exists() else []
         todo.append(Job("pretraining", command, log, directory / "metrics.jsonl", steps))
     for features in [features for where, features in MODELS.values() if where == run]:
-        if not evaluated(directory, features):
+        if not is_evaluated(directory, features):
             command = [sys.executable, str(SCRIPTS / "evaluate.py"), "all", "--checkpoint", str(directory)]
             todo.append(Job(f"evaluating {features}", [*command, "--features", features, "--split", "test"], log))
     return todo
 
 
-def evaluated(directory: Path, features: str) -> bool:
-    """Whether `evaluate.py all` has written everything that the table takes from these features of a run."""
-    path = directory / "results.jsonl"
-    found = {row["protocol"] for row in read_rows(path) if row["features"] == features} if path.exists() else set()
-    return found >= table_protocols(features)
-
-
 def collect(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> dict[str, Any]:
-    """Everything the demo found and what it was found with."""
+    """Return everything the demo found and what it was found with."""
     labels = load_images("photos", "test").labels
     packages = ("vmf_heads", "torch", "transformers", "scikit-learn", "scikit-image", "numpy")
     return {
@@ -157,7 +150,7 @@ def collect(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> 
 
 def draw(output: Path, results: dict[str, Any]) -> None:
     """Write OUTPUT/report.html."""
-    from reporting.demo_report import write_report  # here, because transformers takes seconds to import
+    from reporting.demo_report import write_report  # imported here because transformers takes seconds to import
 
     print("Drawing the report", flush=True)
     with (output / "log.txt").open("w") as log, contextlib.redirect_stderr(log):  # progress bars of a second or two
@@ -165,7 +158,7 @@ def draw(output: Path, results: dict[str, Any]) -> None:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
+    """Return the processor's name, as far as the system tells."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]

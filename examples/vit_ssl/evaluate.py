@@ -75,7 +75,7 @@ def evaluate_all(
     if is_main():
         print_table(rows)
     if is_main() and request.features == "teacher":
-        from reporting.evaluation_page import write_page  # here, because single protocols draw nothing
+        from reporting.evaluation_page import write_page  # imported here because single protocols draw nothing
 
         page = write_page(
             evaluation.output,
@@ -90,7 +90,7 @@ def evaluate_all(
 
 
 def run_protocol(name: str, evaluation: Evaluation, options: Any, request: Request) -> list[Row]:
-    """One protocol's rows, appended to results.jsonl; its predictions go to predictions/."""
+    """Run one protocol; return its rows, appended to results.jsonl, and write its predictions to predictions/."""
     protocol = PROTOCOLS[name]
     split = protocol.split or evaluation.split
     common: dict[str, Any] = {"checkpoint": request.checkpoint}
@@ -106,14 +106,14 @@ def run_protocol(name: str, evaluation: Evaluation, options: Any, request: Reque
         append_rows(evaluation.output, rows)
         save_predictions(evaluation.output, name, request.features, split, metrics)
         if name == "prototypes":
-            from reporting.prototype_charts import draw_charts  # here, because the other protocols draw nothing
+            from reporting.prototype_charts import draw_charts  # imported here because the other protocols draw nothing
 
             draw_charts(evaluation.output / "prototypes")
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: a sub-command for each protocol, `all`, and `page`."""
+    """Run the command line, which has a sub-command for each protocol, `all`, and `page`."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     commands = {name: _command(name) for name in PROTOCOLS} | {"all": _all_command(), "page": _page}
@@ -129,7 +129,7 @@ def _page(output: Path, /, checkpoint: str | None = None, paper_row: str | None 
         checkpoint: what was evaluated; by default that of the last row.
         paper_row: the row of the paper's tables to compare with, such as "ViT-S/16 DINO-vMF".
     """
-    from reporting.evaluation_page import write_page_again  # here, because single protocols draw nothing
+    from reporting.evaluation_page import write_page_again  # imported here because single protocols draw nothing
 
     print(write_page_again(output, checkpoint, paper_row))
 
@@ -163,7 +163,7 @@ def _helped(kind: Any, text: str) -> Any:
 
 
 def _with_options(run: Callable[[Request, Any], None], options: type[Any]) -> Callable[..., None]:
-    # What tyro reads: settings without a prefix, under the description of the options.
+    # tyro reads these annotations: settings without a prefix, under the description of the options.
     flat = tyro.conf.arg(name="")
     run.__annotations__ = {"request": Annotated[Request, flat], "options": Annotated[options, flat], "return": None}
     run.__doc__ = options.__doc__

@@ -93,7 +93,7 @@ def main(options: Options) -> None:
 
 
 def train(recipe: Recipe, options: Options) -> None:
-    """All steps that are left, and checkpoints on the way; SystemExit(128 + signal) when it is asked to stop."""
+    """Do all steps that are left, with checkpoints on the way; raise SystemExit(128 + signal) when asked to stop."""
     state = None
     if options.resume:
         state = state_to_resume(options.output, recipe)
@@ -120,7 +120,12 @@ def train(recipe: Recipe, options: Options) -> None:
     method.attach()
 
     # ------------------------------------------------------------------------------- Optimiser and schedules
-    optimizer = torch.optim.AdamW(parameter_groups(method.student, decay_prototypes=recipe.decay_prototypes))
+    groups = parameter_groups(
+        method.student,
+        decay_prototypes=recipe.decay_prototypes,
+        norms_lr_multiplier=recipe.norms_lr_multiplier,
+    )
+    optimizer = torch.optim.AdamW(groups)
     schedules = Schedules.of(recipe, steps_per_epoch)
 
     # ------------------------------------------------------------------ Checkpoints, log, progress and signals
@@ -179,13 +184,13 @@ def train_step(
     recipe: Recipe,
     bfloat16: bool,
 ) -> list[Statistics]:
-    """One step of student, centre and teacher; the statistics of each micro-batch, as this process sees them."""
+    """Do one step of student, centre and teacher; return this process' statistics of each micro-batch."""
     found: list[Statistics] = []
 
     # ----------------------------------------------------------------------------------------------- Schedules
     for group in optimizer.param_groups:
-        group["lr"] = now.lr
-        group["weight_decay"] = now.weight_decay if group["decayed"] else 0.0
+        group["lr"] = now.lr * group.get("lr_multiplier", 1.0)
+        group["weight_decay"] = now.weight_decay * group.get("wd_multiplier", 1.0) if group["decayed"] else 0.0
 
     # -------------------------------------------- Forward, loss, backward: gradients add up over micro-batches
     optimizer.zero_grad(set_to_none=True)
@@ -228,7 +233,7 @@ def export(output: Path, push_to_hub: str | None = None) -> None:
 
 
 def parse_overrides(options: Options) -> dict[str, Any]:
-    """The recipe fields that the command line replaces."""
+    """Return the recipe fields that the command line replaces."""
     overrides = {} if options.seed is None else {"seed": options.seed}
     for item in options.overrides:
         name, separator, value = item.partition("=")

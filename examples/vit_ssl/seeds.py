@@ -20,10 +20,10 @@ import tyro
 
 from config.recipe import Recipe, load_recipe
 from data.images import load_images
-from demo import SCRIPTS, evaluated
-from reporting.demo_table import ACCURACIES, RUNS, paired_difference, read_rows
+from reporting.demo_table import ACCURACIES, RUNS, is_evaluated, paired_difference, read_rows
 from runtime.lanes import Job, JobFailed, run_lanes
 
+SCRIPTS = Path(__file__).parent
 RANDOM = "randomly initialised ViT"
 METHODS = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN"}
 # What two recipes must share so that one untrained network is the baseline of both.
@@ -62,7 +62,7 @@ def main(
 
 
 def labelled(names: Sequence[str]) -> dict[str, Recipe]:
-    """The recipes by what the table calls them.
+    """Return the recipes by what the table calls them.
 
     Raises ValueError unless they are different ones, and of the same data, which needs no path, and backbone.
     """
@@ -81,7 +81,7 @@ def labelled(names: Sequence[str]) -> dict[str, Recipe]:
 
 
 def jobs(output: Path, models: Mapping[str, Recipe], label: str, seed: int, max_steps: int | None) -> list[Job]:
-    """What is left to do for one recipe and seed; the first recipe's run also has the network before training."""
+    """Return what is left to do for one recipe and seed; the first recipe's run has the untrained network, too."""
     recipe, todo = models[label].name, []
     directory = run_directory(output, recipe, seed)
     log = directory.with_suffix(".log")
@@ -92,7 +92,7 @@ def jobs(output: Path, models: Mapping[str, Recipe], label: str, seed: int, max_
         command += ["--resume"] if (directory / "checkpoint.pt").exists() else []
         todo.append(Job(f"{label}, seed {seed}: pretraining", command, log))
     for features in ("random", "teacher") if label == next(iter(models)) else ("teacher",):
-        if not evaluated(directory, features):
+        if not is_evaluated(directory, features):
             command = [sys.executable, str(SCRIPTS / "evaluate.py"), "all", "--checkpoint", str(directory)]
             command += ["--features", features, "--split", "test"]
             todo.append(Job(f"{label}, seed {seed}: evaluating {features}", command, log))
@@ -100,12 +100,12 @@ def jobs(output: Path, models: Mapping[str, Recipe], label: str, seed: int, max_
 
 
 def run_directory(output: Path, recipe: str, seed: int) -> Path:
-    """Where one run lives."""
+    """Return where one run lives."""
     return output / f"{recipe}-seed{seed}"
 
 
 def report(output: Path, models: Mapping[str, Recipe], seeds: Sequence[int]) -> str:
-    """Every seed's accuracies as a Markdown table, then the paired kNN differences."""
+    """Return every seed's accuracies as a Markdown table, then the paired kNN differences."""
     first = next(iter(models.values()))
     rows = {RANDOM: (first.name, "random")} | {label: (recipe.name, "teacher") for label, recipe in models.items()}
     header = ["", *ACCURACIES, "used by scores", "used by targets"]
@@ -128,7 +128,7 @@ def report(output: Path, models: Mapping[str, Recipe], seeds: Sequence[int]) -> 
 
 
 def accuracies(directory: Path, features: str) -> dict[str, float]:
-    """The table's numbers of one run."""
+    """Return the table's numbers of one run."""
     rows = {
         (row["protocol"], row["metric"]): row["value"]
         for row in read_rows(directory / "results.jsonl")
@@ -139,12 +139,12 @@ def accuracies(directory: Path, features: str) -> dict[str, float]:
 
 
 def knn_correct(directory: Path, features: str, labels: np.ndarray) -> np.ndarray:
-    """Which test images kNN gets right (N,)."""
+    """Return which test images kNN gets right (N,)."""
     return np.load(directory / "predictions" / f"knn-{features}-test.npy") == labels
 
 
 def compare(a: str, b: str, correct_a: np.ndarray, correct_b: np.ndarray) -> str:
-    """One line on the difference of two models (S, N): its mean over seeds with both of its standard errors."""
+    """Return one line on the difference of two models (S, N): its mean over seeds with both of its standard errors."""
     mean, over_images = paired_difference(correct_a.mean(axis=0), correct_b.mean(axis=0))
     by_seed = correct_a.mean(axis=1) - correct_b.mean(axis=1)
     over_seeds = by_seed.std(ddof=1) / math.sqrt(len(by_seed))

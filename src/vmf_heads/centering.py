@@ -70,17 +70,19 @@ class ProbabilityCentering(nn.Module):
 
     Equals, for scores <w, y_b> (B, K) and temperature tau::
 
-        c = momentum * c + (1 - momentum) * log(softmax(scores / tau, dim=1).mean(dim=0))
+        c = momentum * c + (1 - momentum) * log(softmax(scores / tau + log_normalizer, dim=1).mean(dim=0))
 
-    with log C_p inside the softmax if `center_on` is "responsibilities". It is computed in log space and averaged over
-    all ranks before the logarithm, so that it neither becomes -inf nor depends on how a batch is split. Calling the
-    module subtracts c from logits that are already divided by the temperature; `teacher_targets` is all of Eq. 7.
+    without log C_p in the softmax if `center_on` is "scores". It is computed in log space and averaged over all ranks
+    before the logarithm, so that it neither becomes -inf nor depends on how a batch is split. Calling the module
+    subtracts c from logits that are already divided by the temperature; `teacher_targets` is all of Eq. 7.
 
     Args:
         num_prototypes: K.
         momentum: m in [0, 1]; 0.9 in DINO.
-        center_on: "scores" leaves log C_p out of the softmax, as Eq. 9 is printed; "responsibilities" includes it, as
-            appendix A.4 words it. The latter nearly cancels log C_p in Eq. 7 again (docs/method.md).
+        center_on: "responsibilities" averages what Eq. 2 assigns, log C_p included, as appendix A.4 words it: every
+            prototype is a target equally often, up to the normaliser of Eq. 7. "scores" leaves log C_p out of the
+            softmax, as Eq. 9 is printed: a prototype is a target in proportion to its C_p, so that concentrated
+            ones starve once the norms move (docs/evidence.md).
         process_group: the ranks to average over; None means all of them. Without torch.distributed it is local.
 
     State: the buffer `log_center` (K,), float32. It is not called `center` because DINO's centre lives in another
@@ -95,8 +97,9 @@ class ProbabilityCentering(nn.Module):
     >>> from vmf_heads import ProbabilityCentering
     >>> centering = ProbabilityCentering(3)
     >>> scores = torch.tensor([[0.3, 0.1, 0.0], [0.2, 0.0, 0.1]])
-    >>> targets = torch.softmax(centering(scores / 0.04), dim=1)  # Eq. 7 for prototypes of norm 1
-    >>> centering.update_(scores, temperature=0.04)
+    >>> log_normalizer = torch.zeros(3)  # prototypes of norm 1; in general `teacher_head.log_normalizer(0.04)`
+    >>> targets = torch.softmax(centering(scores / 0.04 + log_normalizer), dim=1)  # Eq. 7
+    >>> centering.update_(scores, temperature=0.04, log_normalizer=log_normalizer)
     >>> centering.log_center
     tensor([-0.0045, -0.5045, -0.3271])
     """
@@ -109,7 +112,7 @@ class ProbabilityCentering(nn.Module):
         num_prototypes: int,
         momentum: float = 0.9,
         *,
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()

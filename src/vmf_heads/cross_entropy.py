@@ -26,7 +26,7 @@ def prototype_cross_entropy(
     log_center: Tensor | None = None,
     teacher_rows: Tensor | None = None,
     weights: Tensor | None = None,
-    center_on: str = "scores",
+    center_on: str = "responsibilities",
     batch_chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """DINO's loss without its logits: exact value and gradients in O(chunk * K + K * p + N * p) memory.
@@ -41,7 +41,7 @@ def prototype_cross_entropy(
             weights[i, m] * -(t[teacher_rows[i, m]] * log_softmax(s[i])).sum()
             for i, m if teacher_rows[i, m] >= 0
         )
-        log_sum = log(softmax(raw).sum(dim=0))                                                      # for Eq. 9
+        log_sum = log(softmax(raw + log C_p(||u|| / teacher_temperature)).sum(dim=0))               # for Eq. 9
 
     With scales, prototypes are weight-normalised, w_k = g_k v_k / ||v_k||, and the only (K, p) tensors are v and its
     gradient: w and the gradient of w are never made.
@@ -60,8 +60,8 @@ def prototype_cross_entropy(
         teacher_rows: (Ns, M) int64, the teacher rows that student row i is trained towards; -1 means none. None:
             student row i is trained towards teacher row i (iBOT's patches), which needs two products fewer.
         weights: (Ns, M) float, what each pair counts; None counts 1. All averaging lives here.
-        center_on: what log_sum averages: "scores" (softmax of raw, as Eq. 9 is printed) or "responsibilities" (with the
-            teacher's log C_p inside).
+        center_on: what log_sum averages: "responsibilities" (the teacher's log C_p inside the softmax) or "scores"
+            (without it, as Eq. 9 is printed); see `ProbabilityCentering`.
         batch_chunk_size: rows of logits that exist at a time, all buffers together; None chooses from a memory budget.
 
     Returns:
@@ -141,7 +141,7 @@ def prototype_cross_entropy_reference(
     log_center: Tensor | None = None,
     teacher_rows: Tensor | None = None,
     weights: Tensor | None = None,
-    center_on: str = "scores",
+    center_on: str = "responsibilities",
 ) -> tuple[Tensor, Tensor, int]:
     """The definition of `prototype_cross_entropy`, with every logit in memory: for reading and for testing.
 

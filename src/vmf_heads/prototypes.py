@@ -176,7 +176,7 @@ class LinearPrototypes(nn.Linear):
     @torch.no_grad()
     def gathered(self) -> Tensor:
         """The prototypes w (K, p) outside of a forward, without gradient; under FSDP2 every rank must call."""
-        return at_least_float32(whole(self.weight, "`weight`", self.num_prototypes))
+        return at_least_float32(whole(self.weight.detach(), "`weight`", self.num_prototypes))
 
     def with_features(self, features: Tensor) -> HeadOutput:
         """These features with these prototypes."""

@@ -112,11 +112,13 @@ def run_demo(output, **kwargs):
 def test_interrupted_continued_finished_and_left_alone(tmp_path):
     output = tmp_path / "demo"
     process = run_demo(output)
+    deadline = time.monotonic() + 300
     while not any(output.glob("*/metrics.jsonl")):
         assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert "The same command continues it" in stderr
     assert not (output / "results.json").exists()
@@ -134,7 +136,7 @@ def test_interrupted_continued_finished_and_left_alone(tmp_path):
         assert f"{100 * row['kNN']:.1f} ±" in page
 
     before = contents(output)
-    again, _ = (process := run_demo(output)).communicate(timeout=120)
+    again, _ = (process := run_demo(output)).communicate(timeout=300)
     assert process.returncode == 0
     assert "holds a finished demo" in again
     assert contents(output) == before

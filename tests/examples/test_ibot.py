@@ -116,7 +116,7 @@ def test_loss_and_centres_are_those_of_the_appendix(
     ):
         rows = torch.cat(scores).flatten(0, -2).detach()  # all tokens of the teacher, masked or not
         if cell[1] == "probability":
-            after = vmf_reference.next_center(center, rows, t, momentum)
+            after = vmf_reference.next_center(center, rows, t, momentum, log_c=log_c(norms, t, cell))
         else:
             after = momentum * center + (1 - momentum) * (rows + t * log_c(norms, t, cell)).mean(0)
         torch.testing.assert_close(method.loss.state_dict()[name].flatten(), after, rtol=1e-6, atol=1e-7)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples import known_mixture
 
+from examples import known_mixture
 from vmf_heads import vmf_mean_resultant
 
 

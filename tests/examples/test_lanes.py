@@ -15,6 +15,18 @@ from runtime.lanes import Job, JobFailed, last_row, run_lanes
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "vit_ssl"
 
+# For commands that wait for something: they fail when it does not come, so that no test hangs.
+WAIT = """
+import pathlib, sys, time
+
+def wait_for(path, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not pathlib.Path(path).exists():
+        if time.monotonic() > deadline:
+            sys.exit(f"{path} did not appear")
+        time.sleep(0.01)
+"""
+
 
 def python(code, tmp_path, title="job", **kwargs):
     return Job(title, [sys.executable, "-c", textwrap.dedent(code)], tmp_path / "log.txt", **kwargs)
@@ -28,16 +40,20 @@ def test_jobs_of_a_lane_run_in_order_and_append_to_its_log(tmp_path):
 
 
 def test_lanes_run_at_the_same_time(tmp_path):
-    # Each waits for a file that the other one writes.
+    # Each waits for a file that the other one writes; of two that run one after the other the first fails.
     def meet(mine, other):
-        return f"""
-            import pathlib, time
-            pathlib.Path({str(tmp_path / mine)!r}).touch()
-            while not pathlib.Path({str(tmp_path / other)!r}).exists(): time.sleep(0.01)
-        """
+        return (
+            WAIT
+            + f"""
+pathlib.Path({str(tmp_path / mine)!r}).touch()
+wait_for({str(tmp_path / other)!r})
+print("met")
+"""
+        )
 
     lanes = {"a": [python(meet("x", "y"), tmp_path / "a")], "b": [python(meet("y", "x"), tmp_path / "b")]}
     run_lanes(lanes, stream=io.StringIO())
+    assert [(tmp_path / label / "log.txt").read_text() for label in "ab"] == ["met\n", "met\n"]
 
 
 def test_commands_get_one_thread(tmp_path):
@@ -48,22 +64,29 @@ def test_commands_get_one_thread(tmp_path):
 def test_a_failure_shows_the_end_of_the_log_and_stops_the_others(tmp_path):
     late = tmp_path / "late"
     failing = python("import sys; sys.exit('the reason')", tmp_path, title="breaking")
-    waiting = python(f"import time; time.sleep(30); open({str(late)!r}, 'w')", tmp_path / "b")
-    began = time.monotonic()
+    waiting = python(f"import time; time.sleep(120); open({str(late)!r}, 'w')", tmp_path / "b")
     with pytest.raises(JobFailed, match=r"(?s)a, breaking: exit status 1.*the reason"):
         run_lanes({"a": [failing, waiting], "b": [waiting]}, stream=io.StringIO())
-    assert time.monotonic() - began < 20
-    assert not late.exists()
+    assert not late.exists()  # nothing waited for the end of its sleep
 
 
 def test_progress_is_read_from_the_metrics(tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
-    code = f"""
-        import time
-        open({str(metrics)!r}, "w").write('{{"step": 30, "loss": 1.25}}\\n{{"step": 31, "lo')
-        time.sleep(1)
-    """
-    stream = io.StringIO()
+    metrics, shown = tmp_path / "metrics.jsonl", tmp_path / "shown"
+
+    class Stream(io.StringIO):
+        def write(self, text):
+            if "75%" in text:
+                shown.touch()  # now the job may end
+            return super().write(text)
+
+    code = (
+        WAIT
+        + f"""
+pathlib.Path({str(metrics)!r}).write_text('{{"step": 30, "loss": 1.25}}\\n{{"step": 31, "lo')
+wait_for({str(shown)!r})
+"""
+    )
+    stream = Stream()
     run_lanes({"DINO": [python(code, tmp_path, metrics=metrics, steps=40)]}, stream=stream, log_seconds=0.1)
     assert "DINO: job:  75%" in stream.getvalue()
     assert "30/40" in stream.getvalue()
@@ -84,12 +107,12 @@ def test_signals_are_passed_on_and_waited_for(tmp_path, signum):
     child = f"""
         import pathlib, signal, sys, time
         def stop(*_):
-            time.sleep(0.5)
+            time.sleep(0.5)  # which is waited for
             pathlib.Path({str(tmp_path / "saved")!r}).touch()
             sys.exit(143)
         signal.signal(signal.SIGTERM, stop)
         pathlib.Path({str(tmp_path / "ready")!r}).touch()
-        time.sleep(30)
+        time.sleep(120)
     """
     parent = f"""
         import sys
@@ -101,11 +124,13 @@ def test_signals_are_passed_on_and_waited_for(tmp_path, signum):
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(parent)])
     try:
+        deadline = time.monotonic() + 100
         while not (tmp_path / "ready").exists():
             assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(process.pid, signum)
-        assert process.wait(timeout=20) == 128 + signum
+        assert process.wait(timeout=100) == 128 + signum
     finally:
         process.kill()
         process.wait()

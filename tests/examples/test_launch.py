@@ -69,6 +69,6 @@ def test_a_job_out_of_time_saves_and_is_queued_again(tmp_path: Path) -> None:
 
 
 def test_missing_arguments_are_named(tmp_path: Path) -> None:
-    run = subprocess.run(["bash", str(SCRIPT), "some_recipe"], capture_output=True, text=True)
+    run = subprocess.run(["bash", str(SCRIPT), "some_recipe"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
     assert "pretrain.sbatch RECIPE OUTPUT DATA" in run.stderr

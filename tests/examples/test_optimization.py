@@ -28,6 +28,20 @@ def test_prototypes_need_not_decay() -> None:
     assert kept == {"head.last_layer.weight_g", "head.last_layer.weight_v"}
 
 
+def test_norms_may_learn_faster_and_without_decay() -> None:
+    student = build_method(load_recipe("photos_dino_vmf", {"hidden_size": 16, "out_dim": 8})).student
+    together, apart = parameter_groups(student), parameter_groups(student, norms_lr_multiplier=10.0)
+    norms = student.head.last_layer.weight_g
+    assert [len(group["params"]) for group in apart] == [len(together[0]["params"]) - 1, len(together[1]["params"]), 1]
+    assert apart[2]["params"][0] is norms
+    assert (apart[2]["lr_multiplier"], apart[2]["wd_multiplier"]) == (10.0, 0.0)
+
+
+def test_frozen_norms_need_no_group_of_their_own() -> None:
+    student = build_method(load_recipe("photos_dino", {"normalization": "l2"})).student
+    assert len(parameter_groups(student, norms_lr_multiplier=10.0)) == 2
+
+
 def test_frozen_parameters_are_in_no_group() -> None:
     student = build_method(load_recipe("photos_dino", {"normalization": "l2"})).student
     trained = [parameter for group in parameter_groups(student) for parameter in group["params"]]

@@ -15,7 +15,7 @@ LINE = re.compile(r"epoch (\d+): loss ([\d.]+) \(ln K = 5.545\), kappa ([\d.]+) 
 @pytest.mark.parametrize("vmf", [False, True])
 def test_trains_and_only_dino_vmf_learns_kappa(vmf):
     command = [sys.executable, "-W", "error", str(SCRIPT), "--epochs", "3", *(["--vmf"] if vmf else [])]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     epochs = [tuple(map(float, line)) for line in LINE.findall(result.stdout)]
     assert [epoch[0] for epoch in epochs] == [0, 1, 2]

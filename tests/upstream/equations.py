@@ -52,9 +52,11 @@ def teacher(
 
 
 def next_center(features: Tensor, layer: nn.Module, temperature: float, center: Tensor) -> Tensor:
-    """Eq. 9 with momentum 0.9 over all leading dimensions of the features."""
-    scores = features.flatten(0, -2) @ prototypes(layer)[0].T
-    return vmf_reference.next_center(center, scores.detach(), temperature, 0.9)
+    """Eq. 9 of responsibilities with momentum 0.9, over all leading dimensions of the features."""
+    w, norms = prototypes(layer)
+    log_c = vmf_reference.log_normalizer((norms / temperature).detach(), w.shape[1])
+    scores = (features.flatten(0, -2) @ w.T).detach()
+    return vmf_reference.next_center(center, scores, temperature, 0.9, log_c=log_c)
 
 
 def pairs_of_views(targets: Sequence[Tensor], log_predictions: Sequence[Tensor]) -> Tensor:

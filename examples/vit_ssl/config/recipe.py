@@ -62,6 +62,7 @@ class Recipe:
 
     # Loss.
     centering: Literal["logit", "probability", "none"]  # Eq. 8, Eq. 9, or none, as in MSN, which has me-max instead
+    center_on: Literal["responsibilities", "scores"]  # what Eq. 9 averages; without effect for other centres
     center_momentum: float  # without effect where there is no centre
     student_temp: float
     teacher_temp_warmup: float
@@ -79,6 +80,7 @@ class Recipe:
     weight_decay: float
     weight_decay_end: float
     decay_prototypes: bool  # whether the weight decay is for prototypes, too; DINO and iBOT yes, MSN no
+    norms_lr_multiplier: float  # of the prototypes' norms, which then do not decay; 0: as the prototypes, as in DINO
     momentum_teacher: float  # of the EMA teacher, rising to 1
     momentum_schedule: Literal["cosine", "linear"]  # how it rises; MSN linearly
     schedule_stretch: float  # lr, weight decay and momentum end after so many times `epochs`; DINO 1, MSN 1.25
@@ -127,6 +129,7 @@ _COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "out_dim",
 _SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers")
 _NOT_NEGATIVE = ("seed", "num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
 _NOT_NEGATIVE += ("teacher_temp_warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "warmup_start_lr")
+_NOT_NEGATIVE += ("norms_lr_multiplier",)
 _RANGES: Ranges = (
     (_COUNTS + _SIZES, "at least 1", lambda value: value >= 1),
     (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
@@ -160,7 +163,7 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
 
 
 def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """The recipe with these settings; every field must be there, with a value of the field's type."""
+    """Return the recipe with these settings; every field must be there, with a value of the field's type."""
     return read_settings(Recipe, settings, source)
 
 
@@ -170,7 +173,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def differences(requested: Recipe, saved: Recipe) -> list[str]:
-    """One line for each field that makes the two recipes different runs (`num_workers` does not)."""
+    """Return one line for each field that makes the two recipes different runs (`num_workers` does not)."""
     here, there = flat(requested), flat(saved)
     names = [name for name in here | there if name != "num_workers" and here.get(name) != there.get(name)]
     return [f"{name}: {there.get(name)!r} in the run, {here.get(name)!r} requested" for name in names]

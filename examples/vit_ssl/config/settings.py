@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeVar
 
 S = TypeVar("S")
 Ranges = tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
-"""(names of fields, what is allowed in words, whether a value is)."""
+"""Each range is (names of fields, what is allowed in words, the test of a value)."""
 
 
 def read_settings(cls: type[S], values: Mapping[str, Any], source: str, section: str = "") -> S:
-    """The dataclass `cls` with these values; every field must be there, with a value of the field's type.
+    """Return the dataclass `cls` with these values; every field must be there, with a value of the field's type.
 
     Errors name the file or object `source`, and fields by their place: `section` is "" or ends in a dot.
     """
@@ -43,12 +43,12 @@ def check_fields(
 
 
 def is_share(value: float) -> bool:
-    """Whether a number is in [0, 1]."""
+    """Return whether a number is in [0, 1]."""
     return 0 <= value <= 1
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """The settings as dicts, lists and numbers, which YAML and JSON know."""
+    """Return the settings as dicts, lists and numbers, which YAML and JSON know."""
 
     def listed(value: Any) -> Any:
         if isinstance(value, dict):
@@ -59,7 +59,7 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def flat(settings: Any, section: str = "") -> dict[str, Any]:
-    """The values by field name, those of a nested dataclass by "section.field"."""
+    """Return the values by field name, those of a nested dataclass by "section.field"."""
     values: dict[str, Any] = {}
     for name, value in vars(settings).items():
         nested = dataclasses.is_dataclass(value)
@@ -68,7 +68,7 @@ def flat(settings: Any, section: str = "") -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
-    if typing.get_origin(kind) is types.UnionType:  # Section | None
+    if typing.get_origin(kind) is types.UnionType:  # the annotation of a section is `Section | None`
         (section,) = [option for option in typing.get_args(kind) if option is not type(None)]
         if value is None or isinstance(value, section):
             return value

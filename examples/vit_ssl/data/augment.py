@@ -19,12 +19,14 @@ Range = tuple[float, float]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as a float32 tensor (3, height, width), normalised by ImageNet's mean and standard deviation."""
+    """Return an RGB image as a float32 tensor (3, height, width), normalised by ImageNet's mean and deviation."""
     return torch.from_numpy((np.asarray(image) * _SCALE + _SHIFT).transpose(2, 0, 1).copy())
 
 
 def random_resized_crop(image: Image.Image, size: int, scale: Range, rng: random.Random) -> Image.Image:
-    """A crop of a share `scale` of the area with aspect ratio 3:4 to 4:3, resized to `size` x `size` px (bicubic)."""
+    """Return a crop of a share `scale` of the area with aspect ratio 3:4 to 4:3, resized to `size` x `size` px
+    (bicubic).
+    """
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -99,14 +101,14 @@ class MultiCrop:
             raise ValueError(f"`blur_prob` (={blur_prob}) must be three probabilities in [0, 1]")
         self.color_strength, self.saturation = color_strength, saturation
         self.blur_strength, self.grayscale_prob = blur_strength, grayscale_prob
-        # size, scale, probability of blur, of solarisation: the global views differ on purpose.
+        # A view has a size, a scale, and probabilities of blur and solarisation; the global views differ on purpose.
         first, others, local = blur_prob
         self._views = [(global_size, global_scale, first, 0.0)]
         self._views += [(global_size, global_scale, others, solarize_prob)] * (num_global - 1)
         self._views += [(local_size, local_scale, local, 0.0)] * num_local
 
     def __call__(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
-        """The views of `image`; the same state of `rng` gives the same views."""
+        """Return the views of `image`; the same state of `rng` gives the same views."""
         return [to_tensor(self._view(image, rng, *view)) for view in self._views]
 
     def _view(
@@ -159,7 +161,7 @@ class EvalTransform:
         self.size, self.keep = size, keep
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The image as a normalised float32 tensor (3, size, size)."""
+        """Return the image as a normalised float32 tensor (3, size, size)."""
         side = self.keep * min(image.size)
         x, y = (image.width - side) / 2, (image.height - side) / 2
         box = (x, y, x + side, y + side)

@@ -21,7 +21,7 @@ class AugmentedImages(Dataset):
 
     def __init__(self, images: Sequence[tuple[Image.Image, int]], transform: Transform, seed: int = 0) -> None:
         self.images, self.transform, self.seed = images, transform, seed
-        # In shared memory, so that workers which stay alive between epochs see a new value too.
+        # The number is in shared memory, so that workers which stay alive between epochs see a new value too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def open_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """The image in the mode in which it was stored, read completely.
+    """Return the image in the mode in which it was stored, read completely.
 
     Raises:
         OSError: with `name`, by default the path, when the file is no image, truncated or otherwise damaged.

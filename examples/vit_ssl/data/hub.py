@@ -21,7 +21,7 @@ class HubImages(Sequence[Image.Image]):
     def __init__(self, rows: Any, column: str) -> None:
         import datasets
 
-        # Undecoded, so that a damaged image raises here, with its number.
+        # The images stay undecoded, so that a damaged one raises here, with its number.
         self._rows, self._column = rows.cast_column(column, datasets.Image(decode=False)), column
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class HubImages(Sequence[Image.Image]):
 
 
 def open_set(name: str, split: str, *, streaming: bool = False) -> tuple[Any, str, str]:
-    """(data set, image column, label column or "") of one split, `name` as for `datasets.load_dataset`.
+    """Return (data set, image column, label column or "") of one split, `name` as for `datasets.load_dataset`.
 
     Raises:
         ImportError: `datasets` is not installed.
@@ -59,7 +59,9 @@ def open_set(name: str, split: str, *, streaming: bool = False) -> tuple[Any, st
 
 
 def load_hub(name: str, split: str) -> tuple[HubImages, np.ndarray, list[str]]:
-    """(images, labels (N,) int64, classes) of one split; where there are no labels, all are of the class "image"."""
+    """Return (images, labels (N,) int64, classes) of one split; where there are no labels, all are of the class
+    "image".
+    """
     rows, image_column, label_column = open_set(name, split)
     images = HubImages(rows, image_column)
     if not label_column:
@@ -68,7 +70,7 @@ def load_hub(name: str, split: str) -> tuple[HubImages, np.ndarray, list[str]]:
 
 
 def content(item: dict[str, Any]) -> bytes:
-    """The file of an undecoded image {"bytes", "path"}, wherever it is."""
+    """Return the file of an undecoded image {"bytes", "path"}, wherever it is."""
     if item["bytes"] is not None:
         return item["bytes"]
     import fsspec
@@ -78,5 +80,5 @@ def content(item: dict[str, Any]) -> bytes:
 
 
 def decode(file: bytes, name: str) -> Image.Image:
-    """An image file in RGB; OSError with `name` where it cannot be read."""
+    """Return an image file in RGB; raise OSError with `name` where it cannot be read."""
     return open_image(io.BytesIO(file), name).convert("RGB")

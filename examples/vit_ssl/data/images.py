@@ -20,8 +20,9 @@ SPLITS = ("train", "val", "test")
 CELL = 32
 """Side of a photograph's cells in pixels; also the width of the unused margin between its regions."""
 
-# Of the images in the wheel these are photographs with enough texture to tell them apart. Left out: drawings, synthetic
-# and reconstructed images, silhouettes, text, faces of 25 px, and `motorcycle_right`, the scene of `motorcycle_left`.
+# Of the images in the wheel these are photographs with enough texture to tell them apart. What is left out are
+# drawings, synthetic and reconstructed images, silhouettes, text, faces of 25 px, and `motorcycle_right`, which shows
+# the scene of `motorcycle_left`.
 PHOTOS = (
     "astronaut.png",
     "brick.png",
@@ -100,7 +101,7 @@ def load_images(name: str, split: str, *, data: Path | None = None) -> Images:
 
 
 def split_columns(columns: int) -> dict[str, range]:
-    """Columns of cells of each split; the two columns between them (the margins) belong to none."""
+    """Return the columns of cells of each split; the two columns between them (the margins) belong to none."""
     test = round(0.28 * (columns - 2))
     val = round(0.22 * (columns - 2))
     return {"test": range(test), "train": range(test + 1, columns - val - 1), "val": range(columns - val, columns)}
@@ -108,10 +109,12 @@ def split_columns(columns: int) -> dict[str, range]:
 
 @cache
 def load_photo(filename: str) -> Image.Image:
-    """One photograph in RGB; halved where its longer side is over 800 px, so that it does not outnumber the others."""
+    """Return one photograph in RGB, halved where its longer side is over 800 px, so that it does not outnumber
+    the others.
+    """
     import skimage.data
 
-    # By path: skimage.data's functions may try to download.
+    # The file is opened by its path, because skimage.data's functions may try to download it.
     photo = open_image(Path(skimage.data.__file__).parent / filename).convert("RGB")
     return photo.reduce(2) if max(photo.size) > 800 else photo
 
@@ -152,7 +155,7 @@ def _folder(split: str, root: Path) -> Images:
         raise FileNotFoundError(f"`data` (={str(root)!r}) has no folder {split!r}: {TREE}")
     if not present and split != "train":
         raise FileNotFoundError(f"`data` (={str(root)!r}) has no split folders, so there is no {split!r} split: {TREE}")
-    # The classes of all splits together, so that a label means the same class in each of them.
+    # The classes are those of all splits together, so that a label means the same class in each of them.
     tops = [root / name for name in present] or [root]
     classes = sorted({folder.name for top in tops for folder in top.iterdir() if folder.is_dir()})
     top = root / split if present else root

@@ -20,7 +20,7 @@ from runtime.interruption import leave_process_group
 
 
 def training_images(recipe: Recipe, data: Path | None, images_per_epoch: int | None) -> Images | ImageStream:
-    """The train split of the recipe's data set.
+    """Return the train split of the recipe's data set.
 
     Raises ValueError when it does not fill a batch, or when `images_per_epoch` is given for a set of known length.
     """
@@ -38,7 +38,7 @@ def training_images(recipe: Recipe, data: Path | None, images_per_epoch: int | N
 
 
 def micro_batch_size(recipe: Recipe, accumulate: int) -> int:
-    """Images that one process takes at a time.
+    """Return how many images one process takes at a time.
 
     Raises ValueError unless the recipe's batch is that many equal parts, and when MSN, whose regulariser looks at a
     whole batch, should see it in several.
@@ -59,7 +59,7 @@ def micro_batch_size(recipe: Recipe, accumulate: int) -> int:
 def load_steps(
     images: Images | ImageStream, recipe: Recipe, epoch: int, first: int, end: int, *, accumulate: int, num_workers: int
 ) -> Iterator[tuple[Any, ...]]:
-    """For each of the epoch's steps `first` to `end` - 1, this process' `accumulate` micro-batches."""
+    """Yield this process' `accumulate` micro-batches for each of the epoch's steps `first` to `end` - 1."""
     size = micro_batch_size(recipe, accumulate)
     views = build_views(recipe)
     if isinstance(images, ImageStream):
@@ -80,24 +80,26 @@ def load_steps(
         dataset.set_epoch(epoch)
         steps = epoch_batches(len(images), recipe.batch_size, recipe.seed, epoch)[first:end]
         batches = load_batches(dataset, own_parts(steps, accumulate), num_workers)
-    # The same iterator `accumulate` times: tuples of consecutive micro-batches.
+    # zip takes the same iterator `accumulate` times, which gives tuples of consecutive micro-batches.
     return zip(*[iter(batches)] * accumulate, strict=True)
 
 
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """The indices of an epoch (steps, batch_size), from (seed, epoch) alone; images that fill no batch are left out."""
+    """Return the indices of an epoch (steps, batch_size), from (seed, epoch) alone; images that fill no batch are left
+    out.
+    """
     order = np.random.default_rng([seed, epoch]).permutation(images)
     return order[: images // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def own_parts(steps: np.ndarray, accumulate: int) -> list[list[int]]:
-    """This process' micro-batches of these steps (S, batch_size): all processes' together are the batches."""
+    """Return this process' micro-batches of these steps (S, batch_size): all processes' together are the batches."""
     parts = steps.reshape(len(steps), accumulate, world_size(), -1)
     return parts[:, :, rank()].reshape(len(steps) * accumulate, -1).tolist()
 
 
 def load_batches(dataset: Dataset, batches: list[list[int]], num_workers: int) -> Iterable[Any]:
-    """The collated samples of every list of indices."""
+    """Return the collated samples of every list of indices."""
     return DataLoader(
         dataset,
         batch_sampler=batches,

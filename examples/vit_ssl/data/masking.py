@@ -13,7 +13,7 @@ ASPECT_RATIOS = (0.3, 1 / 0.3)
 
 
 def block_mask(height: int, width: int, ratio: float, rng: random.Random) -> Tensor:
-    """Rectangles of patches that together hide at most a share `ratio` of a view: (height, width) bool.
+    """Return a mask (height, width) bool of rectangles of patches that together hide at most a share `ratio` of a view.
 
     As in BEiT (Bao et al., 2022) and iBOT (Zhou et al., 2022): rectangles are added until the share is reached or ten
     draws in a row do not fit. Each covers at least a ninth of the square of the shorter side where that much is left,
@@ -42,7 +42,7 @@ def block_mask(height: int, width: int, ratio: float, rng: random.Random) -> Ten
 
 
 def kept_patches(patches: int, drop: float, rng: random.Random) -> Tensor:
-    """Sorted indices (n,) int64 of the floor((1 - drop) * patches) patches that stay, drawn without replacement.
+    """Return the sorted indices (n,) int64 of the floor((1 - drop) * patches) patches that stay, drawn at random.
 
     MSN draws one set for all images of a batch; here every image has its own, and all of them equally many. Raises
     ValueError when none would stay.

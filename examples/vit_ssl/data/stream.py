@@ -41,7 +41,7 @@ class ImageStream:
         return self._images
 
     def part(self, index: int, parts: int, seed: int, epoch: int) -> Iterator[dict[str, Any]]:
-        """The undecoded images of part `index` of `parts`, in an order drawn from (seed, epoch), without end.
+        """Yield the undecoded images of part `index` of `parts`, in an order drawn from (seed, epoch), without end.
 
         The parts are whole files where their number divides by `parts`; otherwise every part reads all files and keeps
         its share. A part that is shorter than an epoch needs begins anew; one without any image raises ValueError.
@@ -52,7 +52,7 @@ class ImageStream:
             order = random.Random(f"{seed},{epoch},{lap}").getrandbits(31)
             shuffled = self._rows.shuffle(seed=order, buffer_size=SHUFFLE_BUFFER)
             mine = split_dataset_by_node(shuffled, rank=index, world_size=parts)
-            # By `iter`, which does not divide once more by loader processes, as plain iteration would.
+            # `iter` does not divide the images once more among loader processes, as plain iteration would.
             found = 0
             for batch in mine.iter(batch_size=32):
                 found += len(batch[self.column])
@@ -109,7 +109,7 @@ def _decode(file: bytes, path: str | None) -> Image.Image:
 
 
 def stream_batches(views: StreamedViews, num_workers: int) -> Iterable[Any]:
-    """A collated batch of views for each of the batches that `views` is for."""
+    """Return a loader of collated batches: one for each of the batches that `views` is for."""
     return DataLoader(
         views,
         batch_size=views.batch_size,

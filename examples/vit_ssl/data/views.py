@@ -14,7 +14,7 @@ from data.masking import block_mask, kept_patches
 
 
 def multi_crop(recipe: Recipe) -> MultiCrop:
-    """The crops of a recipe and their augmentation."""
+    """Return the crops of a recipe and their augmentation."""
     return MultiCrop(
         recipe.image_size,
         recipe.local_size,
@@ -32,7 +32,7 @@ def multi_crop(recipe: Recipe) -> MultiCrop:
 
 
 class Views:
-    """{"crops": [(3, h, w), ...]}, the global crops first: all that DINO needs.
+    """Samples {"crops": [(3, h, w), ...]}, the global crops first, which is all that DINO needs.
 
     Calls take a PIL image in RGB and a `random.Random`, from which all randomness comes.
     """
@@ -43,15 +43,15 @@ class Views:
         self.patches = recipe.image_size // recipe.patch_size  # on a side of a global crop
 
     def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
-        """The sample of `image`."""
+        """Return the sample of `image`."""
         return {"crops": self.multi_crop(image, rng)}
 
 
 class MaskedViews(Views):
-    """And {"masks": [(H, W) bool for each of the two global crops]}, of which iBOT's student sees the rest."""
+    """Samples with {"masks": [(H, W) bool for each of the two global crops]}: patches hidden from iBOT's student."""
 
     def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
-        """The sample of `image`."""
+        """Return the sample of `image`."""
         return super().__call__(image, rng) | {"masks": [self._mask(rng) for _ in range(2)]}
 
     def _mask(self, rng: random.Random) -> Tensor:
@@ -61,10 +61,10 @@ class MaskedViews(Views):
 
 
 class PartialViews(Views):
-    """And {"keep": [(n,) int64 for each of MSN's random anchors]}: the patches the student sees of it."""
+    """Samples with {"keep": [(n,) int64 for each of MSN's random anchors]}: the patches that the student sees of it."""
 
     def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
-        """The sample of `image`; its first crop is the target, the next ones are the random anchors."""
+        """Return the sample of `image`; its first crop is the target, the next ones are the random anchors."""
         settings: Any = self.recipe.msn
         sample = super().__call__(image, rng)
         keep = [kept_patches(self.patches**2, settings.patch_drop, rng) for _ in range(settings.rand_views)]
@@ -75,5 +75,5 @@ _VIEWS: dict[str, type[Views]] = {"dino": Views, "ibot": MaskedViews, "msn": Par
 
 
 def build_views(recipe: Recipe) -> Views:
-    """What makes a sample of an image for the recipe's method; PyTorch's collation makes batches of the samples."""
+    """Return what turns an image into a sample of the recipe's method; PyTorch's collation makes batches of samples."""
     return _VIEWS[recipe.method](recipe)

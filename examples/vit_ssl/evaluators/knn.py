@@ -26,7 +26,7 @@ class KNNOptions:
 
 
 def knn(evaluation: Evaluation, options: KNNOptions = KNNOptions()) -> Iterator[Metric]:
-    """Top-1 accuracy of weighted kNN; k is the one with the best accuracy on val, the smallest of equals.
+    """Yield the top-1 accuracy of weighted kNN; k is the one with the best accuracy on val, the smallest of equals.
 
     Raises ValueError when an option is out of range.
     """
@@ -48,7 +48,7 @@ def knn(evaluation: Evaluation, options: KNNOptions = KNNOptions()) -> Iterator[
 def predict(
     bank: Features, queries: Features, ks: Sequence[int], temperature: float = 0.07, *, rows: int = 1024
 ) -> dict[int, np.ndarray]:
-    """Predicted labels (N,) of the queries for each k, exact; the ranks divide the queries, `rows` at a time.
+    """Return the predicted labels (N,) of the queries for each k, exact; the ranks share the queries, `rows` at a time.
 
     A query's k most similar features of the bank vote for their class with weight exp(cosine / temperature). A k larger
     than the bank takes all of it.
@@ -71,7 +71,8 @@ def predict(
 def nearest_neighbours(
     bank: np.ndarray, queries: Sequence[np.ndarray], k: int, *, bank_rows: int = 32_768
 ) -> list[tuple[Tensor, Tensor]]:
-    """Cosines and row numbers, each (n, k), of the rows of `bank` (N, D) nearest to those of each chunk of queries.
+    """Yield cosines and row numbers, each (n, k), of the rows of `bank` (N, D) nearest to those of each chunk of
+    queries.
 
     The most similar comes first; where k > N, there are N of them. Products are float32 whatever the features are.
 
@@ -85,7 +86,7 @@ def nearest_neighbours(
         some = _unit(bank[first : first + bank_rows])
         for index, chunk in enumerate(chunks):
             cosine, nearest = (chunk @ some.T).topk(min(k, len(some)))
-            # The best of this part of the bank beside the best so far, from which the best k are taken.
+            # The best k are taken from the best of this part of the bank and the best so far.
             cosine = torch.cat([best[index][0], cosine], dim=1)
             nearest = torch.cat([best[index][1], nearest + first], dim=1)
             cosine, order = cosine.topk(min(k, cosine.shape[1]))
@@ -94,5 +95,5 @@ def nearest_neighbours(
 
 
 def _unit(x: np.ndarray) -> Tensor:
-    # A copy, because the features may be memory-mapped, moved as they are stored.
+    # This is a copy, because the features may be memory-mapped; it is moved in the dtype they are stored in.
     return F.normalize(torch.from_numpy(np.array(x)).to(device()).float(), dim=1)

@@ -39,7 +39,8 @@ class Metric(NamedTuple):
 
 
 FeaturesOf: TypeAlias = Callable[..., Features]
-"""`features(split, kind="cls")`: extracted once, on all ranks. The train split is the bank or the training set.
+"""A call `features(split, kind="cls")` extracts features once, on all ranks. Protocols search or train on the
+train split.
 
 Kinds: "cls", the [CLS] token (B, D); "last4", the [CLS] tokens of the last four blocks (B, 4 D), as DINO's linear
 protocol has it for ViT-S; "cls+mean_patch", the [CLS] token and the mean patch token (B, 2 D), as it has it for ViT-B.
@@ -54,9 +55,9 @@ class Evaluation:
     """None when raw pixels are evaluated."""
     features: FeaturesOf
     split: str
-    """"val" or "test": what is reported; settings are chosen on val."""
+    """The split that is reported, "val" or "test"; settings are chosen on val."""
     data: Path | None
-    """--data."""
+    """What the option --data names."""
     run: Run | None
     """The head, the centre and the recipe, where the checkpoint is a run of pretrain.py."""
     output: Path
@@ -66,7 +67,7 @@ class Evaluation:
 
 
 Evaluator: TypeAlias = Callable[[Evaluation, Any], Iterator[Metric]]
-"""`evaluator(evaluation, options)`; called on every rank, the metrics of the main one are kept."""
+"""A call `evaluator(evaluation, options)` is made on every rank; the metrics of the main one are kept."""
 
 
 class NotApplicable(ValueError):

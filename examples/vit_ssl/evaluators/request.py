@@ -102,7 +102,7 @@ def open_evaluation(request: Request) -> Evaluation:
 def _open_run(directory: Path) -> Run | None:
     if not (directory / CHECKPOINT).is_file():
         return None
-    from training.run import load_run  # here: other checkpoints are opened without the pretraining methods
+    from training.run import load_run  # imported here: other checkpoints are opened without the pretraining methods
 
     return load_run(directory, device())
 
@@ -117,7 +117,7 @@ def _dataset(request: Request, run: Run | None) -> str | None:
 
 
 def make_features(run: Run, weights: Weights = "teacher") -> FeaturesOf:
-    """The features of a run's own images, kept in memory alone."""
+    """Return the features of a run's own images, kept in memory alone."""
     encoder = as_encoder(run.backbone, run.recipe.name, image_size=run.recipe.image_size)
     chosen, where = _choose(encoder, weights, run), run.backbone.device
     return features_of(Extraction(chosen, run.recipe.dataset, None, encoder.image_size, where))
@@ -130,7 +130,7 @@ def _choose(encoder: Encoder, weights: Weights, run: Run | None) -> Encoder | No
         return None
     if run is None:
         return reinitialized(encoder)
-    from training.run import random_backbone  # here, as in `_open_run`
+    from training.run import random_backbone  # imported here as in `_open_run`
 
     backbone = random_backbone(run.recipe, encoder.model.device)
     return as_encoder(backbone, encoder.source, image_size=encoder.image_size)

@@ -45,12 +45,13 @@ class Search(NamedTuple):
     cut_short: int
 
     def best(self) -> float:
-        """The strength with the highest score, the strongest of equals."""
+        """Return the strength with the highest score, the strongest of equals."""
         return max(self.scores, key=lambda strength: (self.scores[strength], strength))
 
 
 def transfer(evaluation: Evaluation, options: TransferOptions = TransferOptions()) -> Iterator[Metric]:
-    """Accuracy of a logistic regression on the [CLS] features as they are: "top1" and "per_class", the classes' mean.
+    """Yield the accuracy of a logistic regression on the [CLS] features as they are: "top1", and "per_class", the
+    classes' mean.
 
     What is reported is never trained on: for the test split, training is on the train and val splits together (on train
     alone where there is no val split); for val on the train split. In the options, `trained_on` says which it was,
@@ -121,7 +122,8 @@ def search(
 def path(
     x: np.ndarray, labels: np.ndarray, strengths: Sequence[float], *, max_iter: int
 ) -> Iterator[tuple[float, LogisticRegression]]:
-    """Every strength, from the strongest to the weakest, with the classifier (one object) fitted to `x` (N, D) at it.
+    """Yield every strength, from the strongest to the weakest, with the classifier (one object) fitted at it to
+    `x` (N, D).
 
     A strength multiplies ||W||^2 / 2 beside the summed cross-entropy: scikit-learn's 1 / C. Each solver starts where
     the one before ended and stops when no element of the sum's gradient is above 1e-4.
@@ -137,7 +139,7 @@ def path(
 
 
 def folds(features: Features, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rows to train on, rows to score) of a cross-validation with the same mixture of classes in every part.
+    """Return (rows to train on, rows to score) of a cross-validation with the same mixture of classes in every part.
 
     Raises ValueError when a class has fewer images than there are parts.
     """
@@ -150,12 +152,12 @@ def folds(features: Features, number: int) -> list[tuple[np.ndarray, np.ndarray]
 
 
 def top1(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """Share of the images (N,) whose label is predicted."""
+    """Return the share of the images (N,) whose label is predicted."""
     return float(np.mean(labels == predicted))
 
 
 def per_class(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean over the classes in `labels` (N,) of the share of their images whose label is predicted."""
+    """Return the mean over the classes in `labels` (N,) of the share of their images whose label is predicted."""
     return float(np.mean([np.mean(predicted[labels == label] == label) for label in np.unique(labels)]))
 
 

@@ -14,7 +14,7 @@ from config.recipe import Recipe
 
 
 def build_backbone(recipe: Recipe, *, drop_path: float = 0.0, mask_token: bool = False) -> ViTModel:
-    """A randomly initialised ViT without pooler; weights are drawn from torch's global generator.
+    """Return a randomly initialised ViT without pooler; weights are drawn from torch's global generator.
 
     `drop_path` is the rate of the last layer, rising linearly from 0 at the first, as in DINO's student (its teacher
     has none). It adds no parameters and no names: the state dict and `save_pretrained` are those of a plain ViTModel.
@@ -36,7 +36,7 @@ def build_backbone(recipe: Recipe, *, drop_path: float = 0.0, mask_token: bool =
 
 
 def tokens(backbone: ViTModel, images: Tensor, *, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """[CLS] and patch tokens after the last LayerNorm: images (B, 3, H, W) -> (B, 1 + N, D).
+    """Return the [CLS] and patch tokens after the last LayerNorm: images (B, 3, H, W) -> (B, 1 + N, D).
 
     H and W are any multiples of the patch size: position embeddings are interpolated (bicubic) where they differ from
     the size the backbone was built for. Patches are numbered row by row. `mask` (B, N) bool: those that the mask token
@@ -45,7 +45,7 @@ def tokens(backbone: ViTModel, images: Tensor, *, mask: Tensor | None = None, ke
     if keep is None:
         output = backbone(pixel_values=images, bool_masked_pos=mask, interpolate_pos_encoding=True)
         return output.last_hidden_state
-    # ViTModel.forward, with a choice between its two halves.
+    # These are the two halves of ViTModel.forward, with a choice of patches between them.
     hidden = backbone.embeddings(images, interpolate_pos_encoding=True)
     kept = keep.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
     hidden = torch.cat([hidden[:, :1], hidden[:, 1:].gather(1, kept)], dim=1)
@@ -55,12 +55,14 @@ def tokens(backbone: ViTModel, images: Tensor, *, mask: Tensor | None = None, ke
 
 
 def cls_token(backbone: ViTModel, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
-    """The first of `tokens`: (B, 3, H, W) -> (B, D)."""
+    """Return the first of `tokens`, [CLS]: (B, 3, H, W) -> (B, D)."""
     return tokens(backbone, images, keep=keep)[:, 0]
 
 
 def add_drop_path(layers: Sequence[nn.Module], rate: float) -> None:
-    """Stochastic depth of a transformer's blocks in training mode: `rate` at the last, linearly from 0 at the first."""
+    """Add stochastic depth to a transformer's blocks in training mode: `rate` at the last, linearly from 0 at the
+    first.
+    """
     for index, layer in enumerate(layers):
         of_layer = rate * index / max(len(layers) - 1, 1)
         if of_layer > 0:
@@ -69,7 +71,7 @@ def add_drop_path(layers: Sequence[nn.Module], rate: float) -> None:
 
 
 def _drop_path(module: nn.Module, _inputs: Any, output: Any, *, rate: float) -> Any:
-    # A forward hook on a residual branch: drops it for whole samples and rescales the rest (Huang et al., 2016).
+    # This forward hook on a residual branch drops it for whole samples and rescales the rest (Huang et al., 2016).
     if not module.training:
         return output
     branch, *others = output if isinstance(output, tuple) else (output,)

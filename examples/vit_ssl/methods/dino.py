@@ -33,6 +33,7 @@ class DINO(Method):
             student_temp=recipe.student_temp,
             center_momentum=recipe.center_momentum,
             centering=recipe.centering,
+            center_on=recipe.center_on,
             fused=recipe.fused_loss,
         )
         super().__init__(recipe, lambda drop_path: build_network(recipe, drop_path=drop_path), loss)
@@ -42,11 +43,11 @@ class DINO(Method):
         self.loss.attach(self.student, self.teacher)
 
     def forward_teacher(self, batch: Batch) -> Any:
-        """The teacher sees the two global crops, the first of `batch["crops"]`, each (B, 3, h, w)."""
+        """Show the teacher the two global crops, the first of `batch["crops"]`, each (B, 3, h, w)."""
         return self.teacher(batch["crops"][:2])
 
     def forward_student(self, batch: Batch, epoch: int) -> Any:
-        """The student sees all crops."""
+        """Show the student all crops."""
         return self.student(batch["crops"])
 
     def compute_loss(
@@ -60,9 +61,9 @@ class DINO(Method):
         return loss, statistics | self.kappa_statistics()
 
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
-        """Eq. 7 (N, K)."""
+        """Return the targets of Eq. 7 (N, K) for raw scores (N, K)."""
         return centered_targets(self.loss, find_head(self.teacher), scores, epoch)
 
     def center_statistics(self, epoch: int) -> dict[str, Tensor]:
-        """`center_entropy`, see `methods.statistics`."""
+        """Return `center_entropy`, see `methods.statistics`."""
         return {"center_entropy": center_entropy(self.loss.centering, float(self.loss.teacher_temp_schedule[epoch]))}

@@ -22,7 +22,7 @@ class PatchNetwork(Network):
     """A backbone with a mask token and the head on its [CLS] and patch tokens."""
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> tuple[tuple[Any, Any], Any]:
-        """What the head makes of [CLS] (2 * B) and patches (2 * B, N) of the two global crops, and of the local [CLS].
+        """Return what the head makes of [CLS] (2 * B) and patches (2 * B, N) of global crops, and of the local [CLS].
 
         `crops` are (B, 3, h, w), the two global ones first; without local ones the last result is None. `masks`, when
         given, are the patches (B, H, W) bool that the mask token replaces in each global crop.
@@ -64,6 +64,7 @@ class IBOT(Method):
             lambda2=settings.patch_weight,
             mim_start_epoch=settings.mask_start_epoch,
             centering=recipe.centering,
+            center_on=recipe.center_on,
             fused=recipe.fused_loss,
         )
         super().__init__(recipe, lambda drop_path: _build_network(recipe, settings, drop_path), loss)
@@ -73,12 +74,12 @@ class IBOT(Method):
         self.loss.attach(self.student, self.teacher)
 
     def forward_teacher(self, batch: Batch) -> Any:
-        """The teacher sees all patches of the two global crops, the first of `batch["crops"]`, each (B, 3, h, w)."""
+        """Show the teacher the two global crops, the first of `batch["crops"]`, each (B, 3, h, w), with all patches."""
         output, _ = self.teacher(batch["crops"][:2])
         return output
 
     def forward_student(self, batch: Batch, epoch: int) -> Any:
-        """The student sees all crops, the global ones without the patches that `batch["masks"]` (B, H, W) hide."""
+        """Show the student all crops, the global ones without the patches that `batch["masks"]` (B, H, W) hide."""
         return self.student(batch["crops"], self._masks(batch, epoch))
 
     def compute_loss(
@@ -109,11 +110,11 @@ class IBOT(Method):
         return batch["masks"]
 
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
-        """Eq. 7 (N, K)."""
+        """Return the targets of Eq. 7 (N, K) for raw scores (N, K)."""
         return centered_targets(self.loss, find_head(self.teacher), scores, epoch)
 
     def center_statistics(self, epoch: int) -> dict[str, Tensor]:
-        """`center_entropy` of the [CLS] centre and `center2_entropy` of that of the patches."""
+        """Return `center_entropy` of the [CLS] centre and `center2_entropy` of that of the patches."""
         cls, patch = self.loss.teacher_temp_schedule[epoch], self.loss.teacher_temp2_schedule[epoch]
         return {
             "center_entropy": center_entropy(self.loss.centering, float(cls)),

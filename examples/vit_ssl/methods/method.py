@@ -52,59 +52,63 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward_teacher(self, batch: Batch) -> Any:
-        """What the teacher's head makes of the crops that the targets come from; to be called without gradients."""
+        """Return what the teacher's head makes of the crops that the targets come from; call it without gradients."""
 
     @abstractmethod
     def forward_student(self, batch: Batch, epoch: int) -> Any:
-        """What the student's head makes of its crops."""
+        """Return what the student's head makes of its crops."""
 
     @abstractmethod
     def compute_loss(
         self, student_output: Any, teacher_output: Any, batch: Batch, epoch: int, *, commit: bool = True
     ) -> tuple[Tensor, Statistics]:
-        """The loss of a micro-batch (a mean over its images), and statistics of its targets and prototypes.
+        """Return the loss of a micro-batch (a mean over its images), and statistics of its targets and prototypes.
 
         Then the centre moves, if there is one. commit=False on all but the last micro-batch of a step lets it move once
         per step, by all of them.
         """
 
     def forward(self, batch: Batch, epoch: int, *, commit: bool = True) -> tuple[Tensor, Statistics]:
-        """Teacher, student and loss in a row, which `pretrain.train_step` spells out."""
+        """Call teacher, student and loss one after the other, which `pretrain.train_step` spells out."""
         with torch.no_grad():
             teacher_output = self.forward_teacher(batch)
         return self.compute_loss(self.forward_student(batch, epoch), teacher_output, batch, epoch, commit=commit)
 
     def prototypes(self) -> nn.Module:
-        """The prototypes that the targets come from."""
+        """Return the prototypes that the targets come from."""
         return find_head(self.teacher).last_layer
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> Tensor:
-        """The teacher's raw scores <w_k, y> (N, K) of backbone features (N, D), whatever output the loss attached."""
+        """Return the teacher's raw scores <w_k, y> (N, K) of backbone features (N, D), whatever output the loss
+        attached.
+        """
         return self.prototypes()(find_head(self.teacher).features(features), exact=True)
 
     @abstractmethod
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
-        """The targets (N, K) the teacher would set for [CLS] tokens of these raw scores (N, K) at this epoch."""
+        """Return the targets (N, K) the teacher would set for [CLS] tokens of these raw scores (N, K) at this epoch."""
 
     def kappa_statistics(self) -> dict[str, Tensor]:
-        """Quantiles of kappa = ||w|| / student_temp over the student's prototypes."""
+        """Return the quantiles of kappa = ||w|| / student_temp over the student's prototypes."""
         return kappa_statistics(find_head(self.student).last_layer.gathered_norms() / self.recipe.student_temp)
 
     def center_statistics(self, epoch: int) -> dict[str, Tensor]:
-        """Entropy in nats of each centre as it is after the step; a method without a centre has nothing to say."""
+        """Return the entropy in nats of each centre as it is after the step; a method without a centre has none."""
         return {}
 
 
 def sample_rows(output: Tensor | HeadOutput, rows: int = STATISTICS_ROWS) -> Any:
-    """At most `rows` rows, evenly spaced, of what an attached head returned; all of them where there are no more."""
+    """Return at most `rows` rows, evenly spaced, of what an attached head returned; all of them where there are no
+    more.
+    """
     features = (output.features if isinstance(output, HeadOutput) else output).flatten(0, -2)
     sample = features[:: math.ceil(len(features) / rows)]
     return output._replace(features=sample) if isinstance(output, HeadOutput) else sample
 
 
 def centered_targets(loss: Any, head: PrototypeHead, scores: Tensor, epoch: int) -> Tensor:
-    """Eq. 7 (N, K) of raw scores (N, K), by the schedule and the [CLS] centre of a `DINOLoss` or `iBOTLoss`."""
+    """Return the targets of Eq. 7 (N, K) for raw scores (N, K), by the schedule and [CLS] centre of this loss."""
     temperature = float(loss.teacher_temp_schedule[epoch])
     return teacher_targets(
         scores,

@@ -40,11 +40,14 @@ class MSNLoss(nn.Module):
         self.register_buffer("labels", torch.eye(recipe.out_dim), persistent=False)
 
     def sharpening(self, epoch: int) -> float:
-        """T: a target is the prediction to the power 1/T, normalised."""
+        """Return T: a target is the prediction to the power 1/T, normalised."""
         return float(self.teacher_temp_schedule[epoch]) / self.tau
 
     def forward(self, anchors: HeadOutput, target: Tensor, epoch: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """(loss, its parts, targets (B, K)) of the anchors' features (views * B, p), view by view, and of (B, p)."""
+        """Return (loss, its parts, targets (B, K)) of the anchors' and the target's features.
+
+        `anchors` holds (views * B, p), view by view, and `target` is (B, p).
+        """
         cross_entropy, me_max, entropy, _, targets = self._loss(
             anchors.features,
             target,
@@ -77,14 +80,14 @@ class MSN(Method):
         )
 
     def attach(self) -> None:
-        """Nothing: the heads return features and prototypes by themselves."""
+        """Do nothing: the heads return features and prototypes by themselves."""
 
     def forward_teacher(self, batch: Batch) -> Any:
-        """The teacher sees the target, the first of `batch["crops"]`, each (B, 3, h, w)."""
+        """Show the teacher the target, the first of `batch["crops"]`, each (B, 3, h, w)."""
         return self.teacher(batch["crops"][:1])
 
     def forward_student(self, batch: Batch, epoch: int) -> Any:
-        """The student sees the anchors, of the random ones only the patches `batch["keep"]` (B, n) int64."""
+        """Show the student the anchors, of the random ones only the patches `batch["keep"]` (B, n) int64."""
         return self.student(batch["crops"][1:], batch["keep"])
 
     def compute_loss(
@@ -97,11 +100,11 @@ class MSN(Method):
         return loss, statistics | self.kappa_statistics()
 
     def prototypes(self) -> nn.Module:
-        """The student's: MSN has no EMA of them."""
+        """Return the student's prototypes, since MSN has no EMA of them."""
         return find_head(self.student).last_layer
 
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
-        """The sharpened predictions (N, K), which Sinkhorn-Knopp then balances over the batch in training."""
+        """Return the sharpened predictions (N, K), which Sinkhorn-Knopp then balances over the batch in training."""
         # A prediction to the power 1/T is Eq. 6 with all of its exponent divided by T, log C_p included.
         log_normalizer = find_head(self.student).log_normalizer(self.loss.tau) / self.loss.sharpening(epoch)
         return teacher_targets(scores, float(self.loss.teacher_temp_schedule[epoch]), log_normalizer=log_normalizer)

@@ -23,14 +23,14 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, crops: Sequence[Tensor], keep: Sequence[Tensor] = ()) -> Any:
-        """What the head makes of len(crops) * B tokens, in the order of `crops`, each (B, 3, h, w).
+        """Return what the head makes of len(crops) * B tokens, in the order of `crops`, each (B, 3, h, w).
 
         The first len(keep) crops are seen in part: `keep[i]` (B, n) are the indices of their patches that stay.
         """
         by_kind: dict[tuple[torch.Size, bool], list[int]] = {}
         for index, crop in enumerate(crops):
             by_kind.setdefault((crop.shape, index < len(keep)), []).append(index)
-        # One backbone call per kind, then one head call: what makes multi-crop affordable.
+        # One backbone call for each kind of crop and one head call make multi-crop affordable.
         tokens: dict[int, Tensor] = {}
         for (_, partly), indices in by_kind.items():
             kept = torch.cat([keep[index] for index in indices]) if partly else None
@@ -40,9 +40,9 @@ class Network(nn.Module):
 
 
 def build_network(recipe: Recipe, *, drop_path: float = 0.0, output: str = "logits") -> Network:
-    """A randomly initialised backbone with the head of DINO and MSN; weights come from torch's global generator.
+    """Return a randomly initialised backbone with the head of DINO and MSN; weights come from torch's global generator.
 
-    The backbone is drawn first: `checkpoint.random_backbone` draws it again from the seed alone.
+    The backbone is drawn first: `training.run.random_backbone` draws it again from the seed alone.
     """
     backbone = build_backbone(recipe, drop_path=drop_path)
     head = VMFPrototypeHead(

@@ -12,5 +12,5 @@ _METHODS: dict[str, type[Method]] = {"dino": DINO, "ibot": IBOT, "msn": MSN}
 
 
 def build_method(recipe: Recipe) -> Method:
-    """Student, teacher and loss of a recipe, on the default device; `attach()` it before its first step."""
+    """Return student, teacher and loss of a recipe, on the default device; `attach()` it before its first step."""
     return _METHODS[recipe.method](recipe)

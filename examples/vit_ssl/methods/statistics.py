@@ -11,7 +11,7 @@ KAPPA_QUANTILES = {"kappa_min": 0.0, "kappa_p05": 0.05, "kappa_p50": 0.5, "kappa
 
 
 def target_statistics(targets: Tensor, loss: Tensor) -> dict[str, Tensor]:
-    """Entropies in nats of the teacher's targets (N, K), whose cross-entropy with the student is `loss`.
+    """Return the entropies in nats of the teacher's targets (N, K), whose cross-entropy with the student is `loss`.
 
     `target_entropy` is their mean entropy (ln K: every target is uniform), `marginal_entropy` that of their mean (0:
     all images share one prototype), `kl` = loss - target_entropy the mean KL(target || student). A run that learns has
@@ -26,13 +26,13 @@ def target_statistics(targets: Tensor, loss: Tensor) -> dict[str, Tensor]:
 
 
 def kappa_statistics(kappa: Tensor) -> dict[str, Tensor]:
-    """Quantiles over the prototypes of their concentrations kappa = ||w|| / student_temp, (K,)."""
+    """Return the quantiles over the prototypes of their concentrations kappa = ||w|| / student_temp, (K,)."""
     quantiles = torch.quantile(kappa, kappa.new_tensor(list(KAPPA_QUANTILES.values())))
     return dict(zip(KAPPA_QUANTILES, quantiles, strict=True))
 
 
 def center_entropy(centering: Centering, temperature: float) -> Tensor:
-    """Entropy in nats of a centre, as the mean assignment that it stands for at this teacher temperature.
+    """Return the entropy in nats of a centre, as the mean assignment that it stands for at this teacher temperature.
 
     It is that of softmax(log_center), or of softmax(center / temperature) for a centre of logits: ln K where all
     prototypes are equally likely, 0 where one takes all.

@@ -25,7 +25,7 @@ Rows = Sequence[Mapping[str, float]]
 
 
 def curves(metrics: Mapping[str, Rows], num_prototypes: Mapping[str, int], *, dark: bool = False) -> str:
-    """Loss, KL, target entropy and marginal entropy in nats against the epoch, one line per run.
+    """Draw the loss, KL, target entropy and marginal entropy in nats against the epoch, one line per run.
 
     `metrics` maps a run's label to its rows of metrics.jsonl. Thin lines are single steps, thick ones the running mean
     over about an epoch. ln K, the entropy of the uniform distribution over the K prototypes, is marked where it bounds.
@@ -61,7 +61,7 @@ def curves(metrics: Mapping[str, Rows], num_prototypes: Mapping[str, int], *, da
 
 
 def kappa_histogram(kappas: Mapping[str, np.ndarray], temperature: float, *, dark: bool = False) -> str:
-    """How many prototypes have which concentration κ = ‖w‖/τ, one panel per run, with 1/τ marked.
+    """Draw how many prototypes have which concentration κ = ‖w‖/τ, one panel per run, with 1/τ marked.
 
     `kappas` maps a run's label to its κ (K,); `temperature` is the τ they were divided by.
     """
@@ -99,7 +99,7 @@ def kappa_histogram(kappas: Mapping[str, np.ndarray], temperature: float, *, dar
 
 
 def usage(counts: Mapping[str, Mapping[str, np.ndarray]], *, dark: bool = False) -> str:
-    """Training images won by each prototype, sorted, on a log scale; a panel for each way of choosing the winner.
+    """Draw the training images won by each prototype, sorted, on a log scale, in a panel for each way to choose.
 
     `counts` maps a panel's title to {run's label: counts (K,)}; K may differ between runs. A line ends at the last
     prototype that wins an image.
@@ -131,7 +131,7 @@ def usage(counts: Mapping[str, Mapping[str, np.ndarray]], *, dark: bool = False)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    # Centred, so that the thick line does not lag behind the thin one; over fewer values at both ends.
+    # The window is centred, so that the thick line does not lag behind the thin one; it shrinks at both ends.
     sums = np.cumsum(np.concatenate([[0.0], values]))
     here = np.arange(len(values))
     first, last = np.maximum(here - width // 2, 0), np.minimum(here + width // 2 + 1, len(values))
@@ -146,7 +146,7 @@ def _horizontal(axis: Axes, y: float, text: str, dark: bool) -> None:
 
 
 def style(dark: bool) -> dict[str, Any]:
-    """What all charts have in common, for plt.rc_context."""
+    """Return what all charts have in common, for plt.rc_context."""
     ink, faint = INK[dark], FAINT[dark]
     return {
         "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left",
@@ -160,7 +160,7 @@ def style(dark: bool) -> dict[str, Any]:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as text; closes it."""
+    """Return the figure as text, and close it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})  # the same numbers give the same file
     plt.close(figure)

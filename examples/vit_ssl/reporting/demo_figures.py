@@ -1,4 +1,4 @@
-"""The report's figures: each function returns HTML for the placeholders of report_template.html."""
+"""The report's figures: each function returns HTML for the placeholders of templates/demo_report.html."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAP_SIZE = (384, 256)
 
 
 def data_pictures(run: Run, train: Images) -> dict[str, Any]:
-    """The splits on one photograph and some multi-crop draws."""
+    """Return the splits on one photograph and some multi-crop draws."""
     photo = load_photo("chelsea.png")
     columns = split_columns(photo.width // CELL)
     key = [
@@ -45,7 +45,7 @@ def data_pictures(run: Run, train: Images) -> dict[str, Any]:
 
 
 def training_chart(metrics: dict[str, list[dict[str, float]]], runs: dict[str, Run]) -> dict[str, Any]:
-    """Loss, KL and entropies, and where the entropies ended."""
+    """Return the chart of loss, KL and entropies, and where the entropies ended."""
     sizes = {label: run.recipe.out_dim for label, run in runs.items()}
     ends = []
     for label, rows in metrics.items():
@@ -58,7 +58,7 @@ def training_chart(metrics: dict[str, list[dict[str, float]]], runs: dict[str, R
 
 
 def prototype_charts(runs: dict[str, Run]) -> dict[str, Any]:
-    """Concentration and usage of the prototypes."""
+    """Return the charts of the concentration and usage of the prototypes."""
     temperature = runs["DINO-vMF"].recipe.student_temp
     kappas = {label: run.head.last_layer.norms.numpy() / temperature for label, run in runs.items()}
     counts: dict[str, dict[str, np.ndarray]] = {
@@ -81,14 +81,14 @@ def prototype_charts(runs: dict[str, Run]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def prototype_winners(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """For each un-augmented training image the prototype with the largest score and the largest target (Eq. 7)."""
+    """Return the prototypes of the largest score and of the largest target of each un-augmented training image."""
     scores = run.method.scores(torch.from_numpy(make_features(run, "teacher")("train").x))
     targets = run.method.targets(scores, min(run.epoch, run.recipe.epochs - 1))
     return scores.argmax(dim=1).numpy(), targets.argmax(dim=1).numpy()
 
 
 def neighbours(run: Run, train: Images, test: Images) -> dict[str, Any]:
-    """Test cells with their nearest training cells, for the teacher beside the random ViT."""
+    """Return test cells with their nearest training cells, for the teacher beside the random ViT."""
     indices = pictures.pick_queries(test.labels, QUERIES)
     found = {}
     for title, features in {"DINO-vMF": "teacher", "random ViT": "random"}.items():
@@ -103,7 +103,7 @@ def neighbours(run: Run, train: Images, test: Images) -> dict[str, Any]:
 
 
 def token_pictures(runs: dict[str, Run]) -> dict[str, Any]:
-    """PCA of the patch tokens of two whole photographs, for the pretrained backbones beside the random one."""
+    """Return a PCA of the patch tokens of two whole photographs, for the pretrained backbones beside the random one."""
     photos = [load_photo(name) for name in ("chelsea.png", "coffee.png")]
     backbones = {label: run.backbone for label, run in runs.items()}
     backbones["random ViT"] = random_backbone(runs["DINO-vMF"].recipe)

@@ -38,7 +38,7 @@ def write_report(output: Path, results: dict[str, Any]) -> Path:
 
 
 def summary(results: dict[str, Any], run: Run, train: Images, test: Images) -> dict[str, Any]:
-    """The first paragraphs and the table."""
+    """Return the first paragraphs and the table."""
     recipe, comparisons = run.recipe, results["knn_comparisons"]
     whole = recipe.epochs * (len(train) // recipe.batch_size)
     notice = f"This is a shortened run, {run.step} of {whole} steps: it shows that the path works and nothing else."
@@ -67,7 +67,7 @@ def summary(results: dict[str, Any], run: Run, train: Images, test: Images) -> d
 
 
 def provenance(results: dict[str, Any]) -> dict[str, Any]:
-    """Date, machine, versions and settings."""
+    """Return the date, machine, versions and settings."""
     machine, recipes = results["machine"], list(results["recipes"].values())
     differing = [name for name in recipes[0] if any(recipe[name] != recipes[0][name] for recipe in recipes)]
     values = [f"{name} ({' / '.join(str(recipe[name]) for recipe in recipes)})" for name in differing]

@@ -32,17 +32,20 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file."""
+    """Return the rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def table_protocols(features: str) -> set[str]:
-    """The protocols whose rows a table needs; only a pretrained network has prototypes to count."""
-    return {protocol for protocol, _ in ACCURACIES.values()} | ({"prototypes"} if features == "teacher" else set())
+def is_evaluated(directory: Path, features: str) -> bool:
+    """Return whether `evaluate.py all` has written everything that a table takes from these features of a run."""
+    path = directory / "results.jsonl"
+    found = {row["protocol"] for row in read_rows(path) if row["features"] == features} if path.exists() else set()
+    needed = {protocol for protocol, _ in ACCURACIES.values()}
+    return found >= needed | ({"prototypes"} if features == "teacher" else set())  # others have none to count
 
 
 def make_table(output: Path) -> list[Row]:
-    """One row per model from the runs' results.jsonl; accuracies in [0, 1], None where a number does not exist.
+    """Return one row per model from the runs' results.jsonl; accuracies in [0, 1], None where a number does not exist.
 
     Each accuracy has its standard error beside it: binomial for `kNN` and `linear` (over test images), the standard
     deviation over training sets for the few-shot ones. `seconds` is the time spent in training steps.
@@ -67,7 +70,7 @@ def make_table(output: Path) -> list[Row]:
 
 
 def format_table(table: Sequence[Mapping[str, Any]]) -> str:
-    """The table as text: accuracies in per cent, `kNN` with its standard error."""
+    """Return the table as text: accuracies in per cent, `kNN` with its standard error."""
     cells = [["", *COLUMNS], *([row["model"], *(format_cell(row, column) for column in COLUMNS)] for row in table)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = [
@@ -80,7 +83,7 @@ def format_table(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def format_cell(row: Mapping[str, Any], column: str) -> str:
-    """One cell of the table."""
+    """Return one cell of the table."""
     value = row[column]
     if value is None:
         return "–"
@@ -92,13 +95,17 @@ def format_cell(row: Mapping[str, Any], column: str) -> str:
 
 
 def paired_difference(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[float, float]:
-    """Mean of a - b over the same test images and its standard error; the arrays (N,) say which answers were right."""
+    """Return the mean of a - b over the same test images and its standard error; the arrays (N,) say which answers were
+    right.
+    """
     difference = correct_a.astype(float) - correct_b.astype(float)
     return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
 def compare_knn(output: Path, labels: np.ndarray) -> list[Row]:
-    """The kNN accuracies on test against each other, image by image: pretrained with baselines, and with each other."""
+    """Return the kNN accuracies on test against each other, image by image: pretrained with baselines, and with each
+    other.
+    """
     correct = {}
     for model, (run, features) in MODELS.items():
         correct[model] = np.load(output / run / "predictions" / f"knn-{features}-test.npy") == labels
@@ -112,7 +119,7 @@ def compare_knn(output: Path, labels: np.ndarray) -> list[Row]:
 
 
 def sentence(comparison: Mapping[str, Any]) -> str:
-    """What a comparison allows to say, and no more."""
+    """Return what a comparison allows to say, and no more."""
     a, b = (comparison[side].replace("randomly", "the randomly") for side in "ab")
     points, error = 100 * comparison["difference"], 100 * comparison["standard_error"]
     size = f"{points:+.1f} ± {error:.1f} points".replace("-", "−")

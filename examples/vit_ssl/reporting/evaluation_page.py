@@ -121,7 +121,7 @@ def _with_code(text: str) -> str:
 
 
 def write_page_again(output: Path, checkpoint: str | None = None, paper_row: str | None = None) -> Path:
-    """`write_page` of what is in OUTPUT/results.jsonl, for the checkpoint of its last row unless one is given."""
+    """Call `write_page` with the rows of OUTPUT/results.jsonl, for the last row's checkpoint unless one is given."""
     rows = read_results(output)
     if not rows:
         raise FileNotFoundError(f"no results in {output}: expected {output / RESULTS}, which evaluate.py writes")

@@ -15,7 +15,7 @@ from reporting.demo_table import COLUMNS, format_cell
 
 
 def image(picture: Image.Image, alt: str, *, width: int | None = None, css: str = "") -> str:
-    """A picture inside the page as PNG, `width` CSS pixels wide."""
+    """Return a picture inside the page as PNG, `width` CSS pixels wide."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     size = f" width='{width}'" if width else ""
@@ -23,14 +23,14 @@ def image(picture: Image.Image, alt: str, *, width: int | None = None, css: str 
 
 
 def chart(draw: Callable[[bool], str], alt: str) -> str:
-    """An SVG drawn for a light and for a dark page, `draw(dark)`; the reader's setting chooses."""
+    """Return an SVG drawn for a light and for a dark page, `draw(dark)`; the reader's setting chooses."""
     light, dark = (_data_uri("image/svg+xml", draw(is_dark).encode()) for is_dark in (False, True))
     source = f"<source srcset='{dark}' media='(prefers-color-scheme: dark)'>"
     return f"<picture>{source}<img src='{light}' alt='{escape(alt)}' class='fill'></picture>"
 
 
 def table_html(table: Sequence[Mapping[str, Any]]) -> str:
-    """The demo's table, with the same cells as its text form."""
+    """Return the demo's table, with the same cells as its text form."""
     head = "".join(f"<th>{escape(column)}</th>" for column in ("", *COLUMNS))
     rows = ""
     for row in table:
@@ -42,7 +42,7 @@ def table_html(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def neighbour_row(queries: Images, query: int, bank: Images, groups: Iterable[Sequence[int]]) -> str:
-    """A query and groups of images of the bank, framed by whether they are of the query's class."""
+    """Return a query and groups of images of the bank, framed by whether they are of the query's class."""
     picture, label = queries[query]
     name = queries.classes[label].replace("_", " ")
     shown = ""

@@ -86,7 +86,7 @@ HOW: dict[str, str] = {
 
 
 def find(rows: Sequence[Row], source: Source) -> Row | None:
-    """The last row of pretrained features that the source describes."""
+    """Return the last row of pretrained features that the source describes."""
     for row in reversed(rows):
         word = re.sub(r"[^a-z0-9]", "", data_name(row).lower())
         # "cifar10" is in "cifar100", too.
@@ -97,17 +97,19 @@ def find(rows: Sequence[Row], source: Source) -> Row | None:
 
 
 def data_name(row: Row) -> str:
-    """The last part of the path of the data, or the name of a data set."""
+    """Return the last part of the path of the data, or the name of a data set."""
     return Path(row.get("data", "")).name
 
 
 def is_imagenet(row: Row) -> bool:
-    """Whether a row was measured on ImageNet-1K: by the name of the folder, or by the size of its validation split."""
+    """Return whether a row was measured on ImageNet-1K: by the name of the folder, or by the size of its validation
+    split.
+    """
     return "imagenet" in data_name(row).lower() or row.get("n") == 50_000
 
 
 def paper_row_of(recipe: Recipe) -> str | None:
-    """The name that the paper would give such a model, "ViT-S/16 DINO-vMF"; None where it has no such model."""
+    """Return the name that the paper would give such a model, "ViT-S/16 DINO-vMF"; None where it has no such model."""
     shape = (recipe.hidden_size, recipe.num_hidden_layers, recipe.num_attention_heads)
     size = {(384, 12, 6): "S", (768, 12, 12): "B"}.get(shape)
     vmf = recipe.normalization == "vmf"
@@ -118,13 +120,13 @@ def paper_row_of(recipe: Recipe) -> str | None:
 
 
 def ablation_row(recipe: Recipe) -> str | None:
-    """The cell of Table 1 that the recipe repeats, such as "vmf, probability", or None."""
+    """Return the cell of Table 1 that the recipe repeats, such as "vmf, probability", or None."""
     same = (recipe.method, recipe.hidden_size, recipe.num_hidden_layers, recipe.patch_size, recipe.epochs)
     return f"{recipe.normalization}, {recipe.centering}" if same == ("dino", 384, 12, 16, 100) else None
 
 
 def row_names() -> list[str]:
-    """All models of the paper's tables."""
+    """Return all models of the paper's tables."""
     return list(dict.fromkeys(name for table in TABLES for name in table.rows if table is not ABLATION))
 
 

@@ -20,7 +20,7 @@ class Section(NamedTuple):
 
 
 def section(table: PaperTable, rows: Sequence[Row], reference: str | None, left_out: Mapping[str, str]) -> Section:
-    """One of the paper's tables with our numbers: a line for each of its columns."""
+    """Return one of the paper's tables with our numbers: a line for each of its columns."""
     found = {column: find(rows, source) for column, source in SOURCES[table.number].items()}
     if table is ABLATION and reference is None:
         found = dict.fromkeys(found)  # a kNN accuracy of another kind of run has no place in this table
@@ -68,14 +68,14 @@ def _notes(
 
 
 def number(value: Number, deviation: Number, digits: int) -> str:
-    """A number with its standard deviation, a dash for None."""
+    """Return a number with its standard deviation, a dash for None."""
     if value is None:
         return "–"
     return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def measured_on(row: Row | None) -> str:
-    """The data, the split and the number of images behind a row."""
+    """Return the data, the split and the number of images behind a row."""
     if row is None:
         return ""
     parts = (data_name(row), row["split"], f"n = {row['n']}" if row.get("n") else None)
@@ -83,7 +83,7 @@ def measured_on(row: Row | None) -> str:
 
 
 def all_numbers(rows: Sequence[Row]) -> list[list[str]]:
-    """The last row of each kind as a table, its head first."""
+    """Return the last row of each kind as a table, its head first."""
     keys = ("protocol", "features", "metric", "split", "data")
     last = {tuple(str(row.get(key, "")) for key in keys): row for row in rows}
     lines = [["protocol", "features", "metric", "value", "measured on"]]

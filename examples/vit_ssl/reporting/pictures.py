@@ -19,21 +19,21 @@ SPLIT_COLORS = {"test": "#CC79A7", "train": "#009E73", "val": "#56B4E9"}  # of O
 
 
 def to_image(view: Tensor) -> Image.Image:
-    """The inverse of augment.to_tensor, up to rounding: (3, h, w) -> RGB image."""
+    """Return the RGB image of a tensor (3, h, w): the inverse of `data.augment.to_tensor`, up to rounding."""
     black, white = (to_tensor(Image.new("RGB", (1, 1), color)) for color in ("black", "white"))
     pixels = 255 * (view - black) / (white - black)
     return Image.fromarray(pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def crops(images: Images, indices: Sequence[int], transform: MultiCrop) -> list[list[Image.Image]]:
-    """For each index the image itself and one draw of its views, global ones first."""
+    """Return, for each index, the image itself and one draw of its views, global ones first."""
     return [
         [images[index][0], *map(to_image, transform(images[index][0], random.Random(index)))] for index in indices
     ]  # fmt: skip
 
 
 def splits_drawn(photo: Image.Image, scale: int = 2) -> Image.Image:
-    """The photograph with its cells outlined in the colour of their split; what belongs to none is dimmed."""
+    """Return the photograph with its cells outlined in the colour of their split; what belongs to none is dimmed."""
     columns, rows = photo.width // CELL, photo.height // CELL
     owner = {column: split for split, members in split_columns(columns).items() for column in members}
     large = photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.BICUBIC)
@@ -48,20 +48,20 @@ def splits_drawn(photo: Image.Image, scale: int = 2) -> Image.Image:
 
 
 def pick_queries(labels: np.ndarray, count: int, seed: int = 0) -> list[int]:
-    """Indices of `count` images of different classes, drawn without looking at any result."""
+    """Return the indices of `count` images of different classes, drawn without looking at any result."""
     rng = np.random.default_rng(seed)
     classes = rng.permutation(np.unique(labels))[:count]
     return [int(rng.choice(np.flatnonzero(labels == label))) for label in np.sort(classes)]
 
 
 def pick_contrast(images: Images, names: Sequence[str]) -> list[int]:
-    """The index of the image with the largest spread of grey levels in each of the named classes."""
+    """Return the index of the image with the largest spread of grey levels in each of the named classes."""
     spread = np.array([np.asarray(picture.convert("L")).std() for picture, _ in images])
     return [int(np.where(images.labels == images.classes.index(name), spread, -1).argmax()) for name in names]
 
 
 def nearest(bank: Features, queries: Features, indices: Sequence[int], count: int) -> np.ndarray:
-    """Indices (len(indices), count) of the bank's images with the highest cosine to each query, best first."""
+    """Return the indices (len(indices), count) of the bank's images most similar to each query, best first."""
     reference = torch.nn.functional.normalize(torch.from_numpy(bank.x), dim=1)
     query = torch.nn.functional.normalize(torch.from_numpy(queries.x[list(indices)]), dim=1)
     return (query @ reference.T).topk(count).indices.numpy()
@@ -71,7 +71,7 @@ def nearest(bank: Features, queries: Features, indices: Sequence[int], count: in
 def token_maps(
     backbone: ViTModel, photos: Sequence[Image.Image], size: tuple[int, int] = (384, 256)
 ) -> list[Image.Image]:
-    """The first three principal components of the patch tokens as red, green and blue, one pixel per token.
+    """Return the first three principal components of the patch tokens as red, green and blue, one pixel per token.
 
     The photographs are resized to `size` (width, height in px) and share one PCA. A component's 2 % and 98 % quantiles
     become dark and bright; which component is which colour, and its sign, mean nothing.

@@ -13,7 +13,7 @@ from reporting import charts
 
 
 def duplicates(table: dict[str, np.ndarray], *, dark: bool = False) -> str:
-    """Unique prototypes and the largest set of duplicates against the cosine threshold (Figures 6 and 7)."""
+    """Draw the unique prototypes and the largest set of duplicates against the cosine threshold (Figures 6 and 7)."""
     panels = {"unique": "Unique prototypes", "largest_set": "Largest set of duplicates"}
     with plt.rc_context(charts.style(dark)):
         figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
@@ -28,7 +28,7 @@ def duplicates(table: dict[str, np.ndarray], *, dark: bool = False) -> str:
 
 
 def void(table: dict[str, np.ndarray], *, dark: bool = False) -> str:
-    """How prototypes lie to -mean(y), those that some image chooses beside those that none does."""
+    """Draw how prototypes lie to -mean(y), those that some image chooses beside those that none does."""
     cosine, used = table["cosine_to_minus_mean"], table["images_by_logits"] > 0
     groups = {"chosen by some image": cosine[used], "chosen by none": cosine[~used]}
     with plt.rc_context(charts.style(dark)):
@@ -44,7 +44,7 @@ def void(table: dict[str, np.ndarray], *, dark: bool = False) -> str:
 
 
 def by_kappa(table: dict[str, np.ndarray], *, dark: bool = False) -> str:
-    """kNN accuracy of images in ranges of percentiles of their component's kappa, with standard errors (Figure 2)."""
+    """Draw the kNN accuracy of images by percentiles of their component's kappa, with standard errors (Figure 2)."""
     names = [f"{percentiles} %" for percentiles in table["percentiles"]]
     with plt.rc_context(charts.style(dark)):
         figure, axis = plt.subplots(figsize=(9.2, 3.2), layout="constrained")
@@ -80,7 +80,7 @@ def draw_charts(folder: Path) -> None:
 
 
 def draw_chart(folder: Path, name: str, *, dark: bool = False) -> str:
-    """One of CHARTS from the tables in FOLDER; empty where its numbers are not there."""
+    """Return one of CHARTS from the tables in FOLDER; empty where its numbers are not there."""
     table, column, draw = CHARTS[name]
     columns = read_table(folder / table) if (folder / table).is_file() else {}
     return draw(columns, dark=dark) if column in columns else ""

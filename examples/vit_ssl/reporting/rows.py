@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def make_rows(metrics: Iterable[Metric], **common: Any) -> list[Row]:
-    """A row for each metric; its options come last and replace what they name."""
+    """Return a row for each metric; its options come last and replace what they name."""
     common["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return [
         {key: common[key] for key in ("protocol", "features", "split")}
@@ -31,7 +31,7 @@ def make_rows(metrics: Iterable[Metric], **common: Any) -> list[Row]:
 
 
 def read_results(output: Path) -> list[Row]:
-    """All rows of OUTPUT/results.jsonl."""
+    """Return all rows of OUTPUT/results.jsonl."""
     path = output / RESULTS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -53,7 +53,7 @@ def save_predictions(output: Path, protocol: str, features: str, split: str, met
 
 
 def print_table(rows: Iterable[Row]) -> None:
-    """One line per metric, with the settings behind it."""
+    """Print one line per metric, with the settings behind it."""
     rows = list(rows)
     width = max([13, *(len(row["metric"]) for row in rows)])
     print(f"{'protocol':<11} {'features':<9} {'split':<6} {'metric':<{width}} {'value':>9}")

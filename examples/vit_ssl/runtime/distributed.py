@@ -28,29 +28,29 @@ def process_group() -> Iterator[None]:
 
 
 def device() -> torch.device:
-    """The GPU of this process, or the CPU where there is none."""
+    """Return the GPU of this process, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def rank() -> int:
-    """Number of this process, 0 to `world_size() - 1`."""
+    """Return the number of this process, 0 to `world_size() - 1`."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Return how many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes files."""
+    """Return whether this is the process that prints and writes files."""
     return rank() == 0
 
 
 def gather_rows(values: torch.Tensor) -> torch.Tensor:
-    """The vectors (n,) of all processes as rows (world_size, n), on each of them."""
+    """Return the vectors (n,) of all processes as rows (world_size, n), on each of them."""
     if not dist.is_initialized():
         return values.unsqueeze(0)
     rows = [torch.empty_like(values) for _ in range(world_size())]

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C at a moment of our choosing."""
+"""SIGTERM and Ctrl-C take effect at a moment that the program chooses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def postponed_signals(*, ignore_repeats: bool = False) -> Iterator[list[int]]:
 
 
 def leave_process_group(_worker: int) -> None:
-    """For a loader process: a signal to the whole group, as a terminal and torchrun send it, shall not end it.
+    """Put a loader process into a group of its own, so that a signal to the whole group does not end it.
 
     The training process needs it to finish the step, and ends it then; one whose parent has died ends by itself.
     """

@@ -44,7 +44,8 @@ class _Lane:
             return False
         self.job = self.waiting.pop(0)
         self.job_began, self.first_step = time.monotonic(), last_row(self.job.metrics).get("step", 0)
-        # One thread each: more would fight over the cores. A session of its own: Ctrl-C reaches it through us only.
+        # Each has one thread, because more would fight over the cores, and a session of its own, so that Ctrl-C reaches
+        # it through us only.
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.job.log.parent.mkdir(parents=True, exist_ok=True)
         with self.job.log.open("ab") as log:
@@ -54,7 +55,7 @@ class _Lane:
         return True
 
     def advance(self) -> bool:
-        """Whether anything still runs; JobFailed if the command ended with an error."""
+        """Return whether anything still runs; raise JobFailed if the command ended with an error."""
         code = self.process.poll()
         if code is None:
             return True
@@ -73,7 +74,7 @@ class _Lane:
         row = last_row(self.job.metrics)
         if not row:
             return f"{self.label}: {self.job.title}, {elapsed:.0f} s"
-        # tqdm's own line, so that speed and remaining time are of this start, not of the steps before it.
+        # This is tqdm's own line, so that speed and remaining time are of this start, not of the steps before it.
         return tqdm.format_meter(
             row["step"], self.job.steps, elapsed, ncols=width, prefix=f"{self.label}: {self.job.title}",
             initial=self.first_step, unit="step", postfix=f"loss {row['loss']:.3f}",
@@ -118,7 +119,7 @@ def run_lanes(lanes: Mapping[str, Sequence[Job]], *, stream: TextIO = sys.stderr
 
 
 def last_row(path: Path | None) -> dict[str, Any]:
-    """The last whole row of a JSONL file that may still be written to; {} when there is none."""
+    """Return the last whole row of a JSONL file that may still be written to; {} when there is none."""
     if path is None or not path.exists():
         return {}
     with path.open("rb") as file:

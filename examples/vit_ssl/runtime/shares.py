@@ -13,12 +13,12 @@ Item = TypeVar("Item")
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
-    """This rank's items: every `world_size()`-th one."""
+    """Return this rank's items: every `world_size()`-th one."""
     return items[rank() :: world_size()]
 
 
 def gather(results: list[Item]) -> list[Item]:
-    """The results of all items in their order, on every rank, from those of each rank's `share`."""
+    """Return the results of all items in their order, on every rank, from those of each rank's `share`."""
     if world_size() == 1:
         return results
     parts: list[list[Item]] = [[] for _ in range(world_size())]

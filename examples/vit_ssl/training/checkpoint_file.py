@@ -36,7 +36,7 @@ def save_checkpoint(directory: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(directory: Path) -> dict[str, Any]:
-    """The training state in DIRECTORY/checkpoint.pt, on the CPU; no code in the file is executed.
+    """Return the training state in DIRECTORY/checkpoint.pt, on the CPU; no code in the file is executed.
 
     Raises FileNotFoundError where there is none, and OSError, with what to do, for a damaged one.
     """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, in place, for parameters and floating-point buffers.
+    """Set teacher <- momentum * teacher + (1 - momentum) * student in place, parameters and floating-point buffers.
 
     Other buffers, such as the step counter of a BatchNorm, cannot be averaged and are copied. Under FSDP2, where both
     are cut alike, every process averages its own part. Raises ValueError when the two do not hold the same tensors, by
@@ -28,5 +28,5 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' part of a tensor that FSDP2 has cut; any other tensor as it is. Changes in place reach it."""
+    """Return this process' part of a tensor that FSDP2 has cut, any other as it is. Changes in place reach it."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

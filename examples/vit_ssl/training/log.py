@@ -17,7 +17,7 @@ CURVES = "tensorboard"
 
 
 def mean_statistics(micro_batches: list[dict[str, float | Tensor]], signal: int = 0) -> tuple[dict[str, float], int]:
-    """Statistics of a step, averaged over its micro-batches and processes, and the largest `signal` of any process.
+    """Return a step's statistics, averaged over micro-batches and processes, and the largest `signal` of any process.
 
     Loss, entropies and KL are means over images, so this is what one process would have found, but for
     `marginal_entropy` and `prototypes_used`: those are of the sample that one process sees of one micro-batch. (Where a
@@ -66,7 +66,7 @@ class MetricsLog:
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # half written
+    except ValueError:  # a line that was only half written
         return float("inf")
 
 

@@ -9,19 +9,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.ema import local
+from vmf_heads.optim import separate_norms
 
 
-def parameter_groups(student: nn.Module, *, decay_prototypes: bool = True) -> list[dict[str, Any]]:
-    """DINO's two groups: biases and 1-D parameters are not decayed; `weight_g` (K, 1) is, as in DINO.
+def parameter_groups(
+    student: nn.Module, *, decay_prototypes: bool = True, norms_lr_multiplier: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return DINO's two parameter groups: biases and 1-D parameters are not decayed; `weight_g` (K, 1) is, as in DINO.
 
-    Without `decay_prototypes`, as in MSN, those of the last layer are not decayed either.
+    Without `decay_prototypes`, as in MSN, those of the last layer are not decayed either. With a `norms_lr_multiplier`
+    the norms of the prototypes, unless they are frozen, are in a group of their own, which does not decay; the key
+    "lr_multiplier" holds what its learning rate is to be multiplied by.
     """
     decayed, plain = [], []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             excluded = not decay_prototypes and "last_layer" in name
             (plain if excluded or name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
-    return [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False}]
+    groups = [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False}]
+    learn = any(name.endswith("last_layer.weight_g") and p.requires_grad for name, p in student.named_parameters())
+    if not (norms_lr_multiplier and learn):
+        return groups
+    return separate_norms(groups, student, lr=1.0, lr_multiplier=norms_lr_multiplier)  # the loop sets all lrs
 
 
 @torch.no_grad()

@@ -60,13 +60,13 @@ def parallelize(
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The network that was given to `parallelize`."""
+    """Return the network that was given to `parallelize`."""
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 @contextlib.contextmanager
 def gradients_shared(student: nn.Module, wanted: bool) -> Iterator[None]:
-    """Whether a forward and backward in this block averages the gradients over processes, or only accumulates them."""
+    """Let a forward and backward in this block average the gradients over processes, or only accumulate them."""
     if isinstance(student, DistributedDataParallel):
         with contextlib.nullcontext() if wanted else student.no_sync():
             yield
@@ -77,7 +77,8 @@ def gradients_shared(student: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def _shard(network: nn.Module, bfloat16: bool) -> None:
-    from torch.distributed.device_mesh import init_device_mesh  # here: a run in one process starts sooner without
+    # Imported here, because a run in one process starts sooner without.
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device().type, (world_size(),))

@@ -43,12 +43,12 @@ class Run:
 
     @property
     def backbone(self) -> ViTModel:
-        """The EMA teacher's."""
+        """The backbone of the EMA teacher."""
         return self.method.teacher.backbone
 
     @property
     def head(self) -> nn.Module:
-        """The EMA teacher's, which returns what `loss` takes."""
+        """The head of the EMA teacher, which returns what `loss` takes."""
         return self.method.teacher.head
 
     @property
@@ -72,7 +72,7 @@ def load_run(directory: str | Path, device: str | torch.device = "cpu") -> Run:
 
 
 def random_backbone(recipe: Recipe, device: str | torch.device = "cpu") -> ViTModel:
-    """The backbone of that run before its first step (same seed), in eval mode: the "random ViT" baseline."""
+    """Return the backbone of that run before its first step (same seed), in eval mode: the "random ViT" baseline."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return build_backbone(recipe).requires_grad_(False).eval().to(device)

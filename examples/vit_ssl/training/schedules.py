@@ -13,7 +13,7 @@ from config.recipe import Recipe
 def cosine_schedule(
     start: float, end: float, steps: int, *, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> np.ndarray:
-    """A half cosine from `start` towards `end` after a linear warm-up from `warmup_start`: (steps,) float64.
+    """Return a half cosine from `start` towards `end` after a linear warm-up from `warmup_start`: (steps,) float64.
 
     As in DINO, the cosine would reach `end` at step `steps`, one after the last.
     """
@@ -40,7 +40,7 @@ class Schedules:
 
     @classmethod
     def of(cls, recipe: Recipe, steps_per_epoch: int) -> Schedules:
-        """The schedules of a recipe, with the learning rate scaled linearly by batch_size / 256.
+        """Return the schedules of a recipe, with the learning rate scaled linearly by batch_size / 256.
 
         They are made for `schedule_stretch` times as many steps as there are, so that a stretched one is cut off.
         """
@@ -61,5 +61,5 @@ class Schedules:
         return cls(lr=lr[:steps], weight_decay=decay[:steps], teacher_momentum=momentum[:steps])
 
     def at(self, step: int) -> StepValues:
-        """The values of one step of the run."""
+        """Return the values of one step of the run."""
         return StepValues(float(self.lr[step]), float(self.weight_decay[step]), float(self.teacher_momentum[step]))

@@ -31,7 +31,7 @@ def refuse_to_overwrite(output: Path) -> None:
 
 
 def state_to_resume(output: Path, recipe: Recipe) -> dict[str, Any]:
-    """The checkpoint in `output`; ValueError when it is of another recipe, naming the fields that differ."""
+    """Return the checkpoint in `output`; raise ValueError, naming the fields, when it is of another recipe."""
     state = load_checkpoint(output)
     if changed := differences(recipe, state["recipe"]):
         raise ValueError(f"the run in {str(output)!r} has another recipe:\n  " + "\n  ".join(changed))
@@ -114,7 +114,7 @@ class Session:
         self._tick = time.perf_counter()
 
     def count_step(self, found: Sequence[dict[str, float | Tensor]]) -> dict[str, float]:
-        """Count a step that is done; its statistics, averaged over micro-batches and processes."""
+        """Count a step that is done, and return its statistics, averaged over micro-batches and processes."""
         statistics, self.signal = mean_statistics(list(found), signal=max(self._received, default=0))
         now = time.perf_counter()
         self._duration, self._tick = now - self._tick, now
@@ -124,7 +124,7 @@ class Session:
 
     @contextlib.contextmanager
     def errors_name_the_step(self) -> Iterator[None]:
-        """Errors of a training that has failed also say at which step, and which checkpoint there is."""
+        """Make the errors of a training that has failed say at which step, and which checkpoint there is."""
         try:
             yield
         except (FloatingPointError, TrainingCollapsed) as error:
@@ -154,5 +154,5 @@ class Session:
         self._bar.close()
         if is_main():
             name = signal.Signals(self.signal).name
-            print(f"{name}: saved step {self._saved_step} in {self.output}; continue with --resume")
+            print(f"{name}: saved step {self._saved_step} in {self.output}; continue with --resume", flush=True)
         sys.exit(128 + self.signal)

@@ -13,7 +13,8 @@ from training.parallel import unwrap
 
 
 def whole_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """{"method": state dict, "optimizer": state dict} on the CPU, under the names of the networks without wrappers.
+    """Return {"method": state dict, "optimizer": state dict} on the CPU, under the names of the networks without
+    wrappers.
 
     Every process must call it, because what FSDP2 has cut is gathered, tensor by tensor. Only the main one gets the
     values; the others' are empty.
@@ -53,9 +54,10 @@ def _whole(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _cut_like(reference: Tensor | None, value: Tensor) -> Tensor:
-    if not hasattr(reference, "placements") or value.shape != reference.shape:  # such as AdamW's step counters
+    if not hasattr(reference, "placements") or value.shape != reference.shape:  # for example AdamW's step counters
         return value
-    from torch.distributed.tensor import distribute_tensor  # here: a run in one process starts sooner without
+    # Imported here, because a run in one process starts sooner without.
+    from torch.distributed.tensor import distribute_tensor
 
     # Every process has read the same file, so none has to send anything.
     value = value.to(reference.device)

@@ -14,12 +14,12 @@ from runtime.distributed import device, rank
 
 
 def to_device(batch: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """The tensors of a batch on this process' device."""
+    """Return the tensors of a batch on this process' device."""
     return {name: [x.to(device(), non_blocking=True) for x in tensors] for name, tensors in batch.items()}
 
 
 def check_statistics(statistics: dict[str, float], recipe: Recipe) -> None:
-    """FloatingPointError, with what to try, when the loss or anything else of a step is not finite."""
+    """Raise FloatingPointError, with what to try, when the loss or anything else of a step is not finite."""
     wrong = [name for name, value in statistics.items() if not math.isfinite(value)]
     if wrong:
         raise FloatingPointError(

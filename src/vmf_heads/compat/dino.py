@@ -58,8 +58,10 @@ class DINOLoss(AttachedLoss):
     Args:
         out_dim: number of prototypes K.
         ncrops: crops per image, the 2 global ones first.
-        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs: the teacher's temperature rises linearly
-            from the first to the second over so many epochs, then stays.
+        warmup_teacher_temp: the teacher's temperature at the start.
+        teacher_temp: the teacher's temperature after its warm-up.
+        warmup_teacher_temp_epochs: how many epochs the teacher's temperature rises linearly from one to the other.
+        nepochs: the number of epochs of the training.
         student_temp: the student's temperature.
         center_momentum: momentum of the centre.
         centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p, for the ablation of Table 1.
@@ -100,7 +102,7 @@ class DINOLoss(AttachedLoss):
         center_momentum: float = 0.9,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         fused: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:

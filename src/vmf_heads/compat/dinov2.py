@@ -169,7 +169,7 @@ class DINOLoss(_LateCenterLoss):
         center_momentum: float = 0.9,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(out_dim, student_temp, center_momentum, (1, out_dim), centering, center_on, process_group)
@@ -206,7 +206,11 @@ class iBOTPatchLoss(_LateCenterLoss):
 
     Args:
         patch_out_dim: number of prototypes K.
-        student_temp, center_momentum, centering, center_on, process_group: as in `DINOLoss`.
+        student_temp: the student's temperature.
+        center_momentum: momentum of the centre.
+        centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p.
+        center_on: see `ProbabilityCentering`; for centering="probability" only.
+        process_group: the ranks that share one centre; None means all of them.
 
     `attach(student, teacher, head="ibot_head")` must be called once ("dino_head" where the head is shared). State dict:
     `log_center` (K,) with probability centring; `center` (1, 1, K), as in DINOv2, with logit centring.
@@ -225,7 +229,7 @@ class iBOTPatchLoss(_LateCenterLoss):
         center_momentum: float = 0.9,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(

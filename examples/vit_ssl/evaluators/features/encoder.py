@@ -40,7 +40,7 @@ class Encoder:
     """Which network of an original .pth file it is."""
 
     def layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
-        """Tokens of the last `n` blocks, the last one last, each after the final LayerNorm: (B, 1 + h*w, D).
+        """Return the tokens of the last `n` blocks, the last one last, each after the final LayerNorm: (B, 1 + h*w, D).
 
         `images` (B, 3, H, W) with H and W any multiples of the patch size; position embeddings are interpolated. The
         first token is [CLS], then come the patches row by row; register tokens are left out. Raises ValueError when
@@ -60,11 +60,11 @@ class Encoder:
         return [self._without_registers(tokens) for tokens in [*earlier, output.last_hidden_state]]
 
     def cls(self, images: Tensor) -> Tensor:
-        """The [CLS] token of the last block: images (B, 3, H, W) -> (B, D)."""
+        """Return the [CLS] token of the last block: images (B, 3, H, W) -> (B, D)."""
         return self.layers(images)[0][:, 0]
 
     def patches(self, images: Tensor) -> Tensor:
-        """The patch tokens of the last block: images (B, 3, H, W) -> (B, H / patch_size, W / patch_size, D)."""
+        """Return the patch tokens of the last block: images (B, 3, H, W) -> (B, H / patch_size, W / patch_size, D)."""
         height, width = (side // self.patch_size for side in images.shape[-2:])
         return self.layers(images)[0][:, 1:].unflatten(1, (height, width))
 
@@ -123,17 +123,17 @@ def as_encoder(model: PreTrainedModel, source: str, *, image_size: int | None = 
 
 
 def reinitialized(encoder: Encoder, seed: int = 0) -> Encoder:
-    """The same architecture with random weights drawn from `seed`: what pretraining must beat."""
+    """Return the same architecture with random weights drawn from `seed`: what pretraining must beat."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = type(encoder.model)(encoder.model.config)
-    # Another source: what else the file holds, such as a head, does not belong to these weights.
+    # The source is another one, because what else the file holds, such as a head, does not belong to these weights.
     source = f"{encoder.source} with random weights"
     return as_encoder(model.to(encoder.model.device), source, image_size=encoder.image_size)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The LayerNorm after the last block; `layernorm` in transformers' ViTs, `norm` in its DINOv3."""
+    """Return the LayerNorm after the last block; `layernorm` in transformers' ViTs, `norm` in its DINOv3."""
     return model.layernorm if hasattr(model, "layernorm") else model.norm
 
 

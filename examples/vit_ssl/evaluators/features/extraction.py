@@ -30,10 +30,10 @@ LIBRARY_SETS = ("photos", "digits")
 
 @dataclass(frozen=True)
 class Extraction:
-    """How features are made."""
+    """The settings by which the features of a data set are made."""
 
     encoder: Encoder | None  # None: raw pixels
-    dataset: str  # of data.load_images
+    dataset: str  # a name that `data.images.load_images` knows
     data: Path | None
     image_size: int  # px
     device: torch.device | str = "cpu"
@@ -44,7 +44,7 @@ class Extraction:
 
 
 class Chunk(NamedTuple):
-    """Some images in a row: features (n, D) of the readable ones, whether each of m >= n is, and what is wrong else."""
+    """Consecutive images of a split: features (n, D) of those that can be read, which of the m can, and the errors."""
 
     x: np.ndarray
     readable: np.ndarray
@@ -52,7 +52,7 @@ class Chunk(NamedTuple):
 
 
 def features_of(extraction: Extraction) -> FeaturesOf:
-    """The function that protocols call, `features(split, kind="cls")`; call it on all ranks or on none.
+    """Return the function that protocols call, `features(split, kind="cls")`; call it on all ranks or on none.
 
     Raises ValueError for an unknown kind, or when not a single image can be read.
     """
@@ -95,7 +95,7 @@ def features_of(extraction: Extraction) -> FeaturesOf:
 
 
 def encode(encoder: Encoder, images: Tensor, kinds: Iterable[str]) -> dict[str, Tensor]:
-    """Features of several kinds from one pass: images (B, 3, h, w) -> kind: (B, D).
+    """Return the features of several kinds from one pass: images (B, 3, h, w) -> kind: (B, D).
 
     Where a backbone has fewer than four blocks, "last4" are all of them.
     """
@@ -147,7 +147,7 @@ def extract(
 
 
 def assemble(chunks: Iterator[Chunk], images: Images) -> tuple[Features, list[str]]:
-    """The features of all chunks in memory, and what is wrong with the images that are missing."""
+    """Return the features of all chunks in memory, and what is wrong with the images that are missing."""
     parts = list(chunks)
     readable = np.concatenate([part.readable for part in parts])
     x = np.concatenate([part.x for part in parts if len(part.x)]) if readable.any() else np.empty((0, 0), np.float32)
@@ -171,7 +171,7 @@ class Readable(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> Tensor | str:
-        """The item, or the text of its OSError."""
+        """Return the item, or the text of its OSError."""
         try:
             return self.dataset[index]
         except OSError as error:
@@ -179,7 +179,7 @@ class Readable(Dataset):
 
 
 def collate(items: list[Tensor | str]) -> tuple[Tensor, np.ndarray, list[str]]:
-    """The n tensors of m items as (n, ...), which of the m are tensors, and the texts of the others."""
+    """Return the n tensors of m items as (n, ...), which of the m are tensors, and the texts of the others."""
     tensors = [item for item in items if isinstance(item, Tensor)]
     errors = [item for item in items if isinstance(item, str)]
     readable = np.array([isinstance(item, Tensor) for item in items], bool)

@@ -26,7 +26,7 @@ VERSION = 1
 
 
 def fingerprint(model: nn.Module | None, images: Images, settings: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of what features depend on: the weights, the images and the settings.
+    """Return 16 hexadecimal digits that stand for what features depend on: the weights, the images and the settings.
 
     Image files count by their paths and sets of the hub by their name, not by their content: after replacing images in
     place, delete the cache.
@@ -76,7 +76,7 @@ def store(folder: Path, chunks: Iterable[Chunk], labels: np.ndarray, classes: li
 
 
 def load(folder: Path) -> tuple[Features, list[str]]:
-    """The features in `folder`, memory-mapped, and what is wrong with the images that are missing.
+    """Return the features in `folder`, memory-mapped, and what is wrong with the images that are missing.
 
     Raises FileNotFoundError where they are not there.
     """

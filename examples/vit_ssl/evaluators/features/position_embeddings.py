@@ -26,7 +26,7 @@ class _Interpolation(nn.Module):
     position_embeddings: nn.Parameter
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
-        """Position embeddings (1, 1 + h*w, D) of images of `height` x `width` px."""
+        """Return the position embeddings (1, 1 + h*w, D) of images of `height` x `width` px."""
         patch_size = self.patch_embeddings.projection.stride[0]
         h, w = height // patch_size, width // patch_size
         side = math.isqrt(self.position_embeddings.shape[1] - 1)
@@ -41,8 +41,8 @@ class _Interpolation(nn.Module):
 
 
 class DINOEmbeddings(_Interpolation, ViTEmbeddings):
-    """Those of DINO and iBOT."""
+    """Position embeddings of DINO and iBOT."""
 
 
 class DINOv2Embeddings(_Interpolation, Dinov2Embeddings):
-    """Those of DINOv2 without registers."""
+    """Position embeddings of DINOv2 without registers."""

@@ -25,16 +25,16 @@ _SAFE = [
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
     *((_SCALAR, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
 ]
-# MSN's names for what the others call teacher and student.
+# These are MSN's names for what the others call teacher and student.
 _ALIASES = {"teacher": "target_encoder", "student": "encoder"}
 _PREFIXES = ("module.", "backbone.")
-# Projection and classification heads, and iBOT's mask token, which no evaluation uses.
+# Projection and classification heads and iBOT's mask token are used by no evaluation.
 _NOT_BACKBONE = ("head.", "head2.", "fc.", "pred.", "masked_embed", "mask_token")
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # attention heads of ViT-Ti, S, B, L and H, by width
 
 
 def open_public_checkpoint(path: Path, *, key: str = "teacher", heads: int | None = None) -> ViTModel:
-    """The backbone in a .pth file saved by DINO's, iBOT's or MSN's code, on the CPU.
+    """Return the backbone in a .pth file saved by DINO's, iBOT's or MSN's code, on the CPU.
 
     `key` says which network of a training checkpoint; a file that holds one state dict needs none. `heads` is the
     number of attention heads, None: that of the ViT-Ti, S, B, L or H of this width. The model interpolates its position
@@ -73,12 +73,16 @@ def open_public_checkpoint(path: Path, *, key: str = "teacher", heads: int | Non
 
 
 def read_network(path: Path, *, key: str = "teacher") -> dict[str, Tensor]:
-    """The state dict of one network in an original checkpoint, with its heads, without `module.` and `backbone.`."""
+    """Return the state dict of one network in an original checkpoint, with its heads, without `module.` and
+    `backbone.`.
+    """
     return _network(_read(path), key, path)
 
 
 def to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of DINO's VisionTransformer under the names of ViTModel, with queries, keys and values apart."""
+    """Return the parameters of DINO's VisionTransformer under the names of ViTModel, with queries, keys and values
+    apart.
+    """
     renamed = {}
     for name, value in weights.items():
         name = _rename(name)

@@ -43,7 +43,7 @@ class FewShotOptions:
 
 
 def fewshot(evaluation: Evaluation, options: FewShotOptions = FewShotOptions()) -> Iterator[Metric]:
-    """Mean top-1 accuracy over the training sets of each size, with their standard deviation in `options["sd"]`.
+    """Yield the mean top-1 accuracy over the training sets of each size, and their standard deviation `options["sd"]`.
 
     Nothing is tuned. Metrics are called "1-shot", "2-shot", "5-shot" and, for shares of the train split, "1percent".
 
@@ -75,7 +75,7 @@ def fewshot(evaluation: Evaluation, options: FewShotOptions = FewShotOptions()) 
 
 
 def fit(x: np.ndarray, labels: np.ndarray, regularization: float = 0.075) -> LogisticRegression:
-    """MSN's classifier on prepared features (n, D): multinomial logistic regression without intercept.
+    """Return MSN's classifier on prepared features (n, D): multinomial logistic regression without intercept.
 
     It minimises mean cross-entropy + regularization / n * ||W||^2 / 2 over W (classes, D), the objective that MSN's
     script hands to cyanure. scikit-learn minimises C * summed cross-entropy + ||W||^2 / 2, so C is 1 / regularization.
@@ -92,14 +92,14 @@ def fit(x: np.ndarray, labels: np.ndarray, regularization: float = 0.075) -> Log
 
 
 def normalize(x: np.ndarray) -> np.ndarray:
-    """Rows (N, D) with mean 0 and length 1, as MSN's script has them, in float32."""
+    """Return the rows (N, D) with mean 0 and length 1, as MSN's script has them, in float32."""
     x = x.astype(np.float32)
     x -= x.mean(axis=1, keepdims=True)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def before_final_norm(encoder: Encoder, x: np.ndarray) -> np.ndarray:
-    """Features (N, D) as they were before the final LayerNorm, up to the mean and length of each row."""
+    """Return the features (N, D) as they were before the final LayerNorm, up to the mean and length of each row."""
     norm = final_norm(encoder.model)
     weight, bias = (parameter.detach().float().cpu().numpy() for parameter in (norm.weight, norm.bias))
     return (x - bias) / weight

@@ -27,7 +27,7 @@ class TrainingSet(NamedTuple):
 
 
 def listed_sets(folder: Path, images: Images) -> list[TrainingSet]:
-    """The training sets that the .txt files in `folder` and its subfolders list, `images` being the train split.
+    """Return the training sets that the .txt files in `folder` and its subfolders list, `images` being the train split.
 
     A set with s images of every class is called "s-shot", whatever its file is called (MSN's 3imgs_class.txt has five);
     any other one goes by the name of its file, such as "1percent".
@@ -70,7 +70,7 @@ def _refuse(path: Path, what: str, names: Sequence[str]) -> None:
 
 
 def drawn_sets(train: Features, *, shots: Sequence[int], percents: Sequence[float], draws: int) -> list[TrainingSet]:
-    """`draws` sets for each number of `shots` and each of `percents`; draw i is the same in every run."""
+    """Return `draws` sets for each number of `shots` and each of `percents`; draw i is the same in every run."""
     sets = [TrainingSet(f"{shot}-shot", draw(train, shot, number)) for shot in shots for number in range(draws)]
     for percent in percents:
         sets += [TrainingSet(f"{percent:g}percent", draw_percent(train, percent, number)) for number in range(draws)]
@@ -78,7 +78,7 @@ def drawn_sets(train: Features, *, shots: Sequence[int], percents: Sequence[floa
 
 
 def draw(train: Features, shots: int, number: int) -> np.ndarray:
-    """Rows of `shots` images of every class, without repetition; the same for the same `shots` and `number`.
+    """Return rows of `shots` images of every class, without repetition; the same for the same `shots` and `number`.
 
     Raises ValueError when a class has fewer images.
     """
@@ -89,7 +89,7 @@ def draw(train: Features, shots: int, number: int) -> np.ndarray:
 
 
 def draw_percent(train: Features, percent: float, number: int) -> np.ndarray:
-    """Rows of `percent` per cent of every class, rounded, at least one image."""
+    """Return rows of `percent` per cent of every class, rounded, at least one image."""
     sizes = _class_sizes(train)
     counts = np.minimum(np.maximum(np.round(sizes * percent / 100).astype(np.int64), 1), sizes)
     return _choose(train, counts, np.random.default_rng([round(percent * 1e6), number]))

@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         return next(part for part in lists if len(part) == self._encoder.depth)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of images (B, 3, H, W)."""
+        """Return the logits (B, classes) of images (B, 3, H, W)."""
         tokens = self._encoder.layers(images)[0]
         return self.head(tokens[:, 1:].mean(dim=1) if self.mean_patch else tokens[:, 0])
 
@@ -59,7 +59,7 @@ class Classifier(nn.Module):
 
 
 def layer_decay_groups(classifier: Classifier, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser, with an `lr_scale` each, as in BEiT.
+    """Return the parameter groups for an optimiser, with an `lr_scale` each, as in BEiT.
 
     The scale is 1 for the head and the final LayerNorm and falls by the factor `layer_decay` with every block below,
     down to `layer_decay` ** (depth + 1) for the embeddings. Biases, other 1-D parameters, tokens and position

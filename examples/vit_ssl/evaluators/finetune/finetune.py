@@ -38,7 +38,7 @@ DEFAULTS = FinetuneOptions()
 
 
 def finetune(evaluation: Evaluation, options: FinetuneOptions = DEFAULTS) -> Iterator[Metric]:
-    """Accuracy of the fine-tuned network after its last epoch: "top1" and "per_class", the mean over the classes.
+    """Yield the accuracy of the fine-tuned network after its last epoch: "top1", and "per_class", the classes' mean.
 
     The encoder itself stays as it is. A val split is needed only to choose among several learning rates.
 
@@ -70,7 +70,7 @@ def finetune(evaluation: Evaluation, options: FinetuneOptions = DEFAULTS) -> Ite
 
 
 def train(encoder: Encoder, images: Images, options: FinetuneOptions, lr: float) -> Classifier:
-    """A classifier on a copy of the encoder, trained with this peak learning rate, in eval mode.
+    """Train a classifier on a copy of the encoder with this peak learning rate; it is returned in eval mode.
 
     On CUDA the network runs in bfloat16. Under torchrun the ranks share every batch.
     """
@@ -127,7 +127,7 @@ def train(encoder: Encoder, images: Images, options: FinetuneOptions, lr: float)
 def predict(
     classifier: Classifier, images: Images, transform: EvalTransform, options: FinetuneOptions
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(labels, predicted labels) of the images that can be read, (N,) int64 each, on every rank."""
+    """Return (labels, predicted labels) of the images that can be read, (N,) int64 each, on every rank."""
     where = classifier.head.weight.device
 
     def predicted(pixels: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def predict(
 
 
 def _batches(images: Images, size: int, options: FinetuneOptions) -> Iterable[tuple[Tensor, Tensor]]:
-    # This rank's part of every batch, from one loader for all epochs: those of small sets are short.
+    # One loader gives this rank's part of every batch of all epochs, because the epochs of small sets are short.
     transform = FinetuneTransform(size, augment=options.augment, erase=options.erase)
     batches = sample_batches(
         len(images), options.batch_size, options.epochs, seed=options.seed, repeats=options.repeats
@@ -156,7 +156,7 @@ def _batches(images: Images, size: int, options: FinetuneOptions) -> Iterable[tu
 
 
 def _backward(network: nn.Module, pixels: Tensor, targets: Tensor, micro_batch: int) -> float:
-    # Gradients of the mean loss of a batch, a part of it at a time; returns that loss.
+    # Adds up the gradients of the mean loss of a batch, a part of it at a time, and returns that loss.
     parts = list(zip(pixels.split(micro_batch), targets.split(micro_batch), strict=True))
     total = 0.0
     for number, (part, part_targets) in enumerate(parts, start=1):

@@ -17,7 +17,7 @@ FILL = (124, 116, 104)
 BICUBIC = Image.Resampling.BICUBIC
 
 Operation = Callable[[Image.Image, float, float], Image.Image]
-"""(image, strength in [0, 1], sign -1 or 1) -> image."""
+"""An operation makes an image of (image, strength in [0, 1], sign -1 or 1)."""
 
 
 def rand_augment(

@@ -17,7 +17,7 @@ from data.augment import random_resized_crop, to_tensor
 from evaluators.finetune.rand_augment import rand_augment
 
 Sample = tuple[int, int, int]
-"""(epoch, index of an image, which of its repetitions)."""
+"""A sample is (epoch, index of an image, which of its repetitions)."""
 
 
 class FinetuneTransform:
@@ -30,7 +30,7 @@ class FinetuneTransform:
         self.size, self.augment, self.erase = size, augment, erase
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Tensor:
-        """The image as it is trained on; the same state of `rng` gives the same."""
+        """Return the image as it is trained on; the same state of `rng` gives the same."""
         image = random_resized_crop(image, self.size, (0.08, 1.0), rng)
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -53,7 +53,8 @@ class FinetuneDataset(Dataset):
 
 
 def sample_batches(images: int, batch_size: int, epochs: int, *, seed: int, repeats: int = 1) -> Iterator[list[Sample]]:
-    """The batches of all epochs, from the numbers alone; images that do not fill the last one of an epoch are left out.
+    """Yield the batches of all epochs, from the numbers alone; images that do not fill the last one of an epoch are
+    left out.
 
     With repeated augmentation (Hoffer et al., 2020) an image comes `repeats` times in a row, and an epoch, which is as
     long as without, sees one of `repeats` images.
@@ -66,7 +67,7 @@ def sample_batches(images: int, batch_size: int, epochs: int, *, seed: int, repe
 
 
 def erase_rectangle(image: Tensor, rng: random.Random) -> Tensor:
-    """Random erasing (Zhong et al., 2020): noise N(0, 1) in place of 2 to 33 % of `image` (3, H, W), sides 0.3 to 3.3.
+    """Erase at random (Zhong et al., 2020): noise N(0, 1) in place of 2 to 33 % of `image` (3, H, W), sides 0.3 to 3.3.
 
     Returns `image`, changed in place; unchanged when none of ten rectangles fits.
     """
@@ -84,7 +85,7 @@ def erase_rectangle(image: Tensor, rng: random.Random) -> Tensor:
 
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """One-hot rows (B, classes) of `labels` (B,), of which every class gets an equal part of `smoothing`."""
+    """Return one-hot rows (B, classes) of `labels` (B,), of which every class gets an equal part of `smoothing`."""
     return (1 - smoothing) * F.one_hot(labels, classes).float() + smoothing / classes
 
 
@@ -111,6 +112,6 @@ def mix(images: Tensor, targets: Tensor, rng: random.Random, *, mixup: float, cu
 
 
 def _cut(side: int, length: float, rng: random.Random) -> slice:
-    # A part of about `length` of the side, around a point anywhere on it, cut off at the ends.
+    # This is a part of about `length` of the side, around a point anywhere on it, cut off at the ends.
     centre, half = rng.randrange(side), int(side * length) // 2
     return slice(max(centre - half, 0), min(centre + half, side))

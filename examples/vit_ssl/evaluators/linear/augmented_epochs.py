@@ -30,7 +30,7 @@ class FlippedCrop:
         self.size = size
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Tensor:
-        """The view as a normalised float32 tensor (3, size, size)."""
+        """Return the view as a normalised float32 tensor (3, size, size)."""
         view = random_resized_crop(image, self.size, (0.08, 1.0), rng)
         return to_tensor(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else view)
 
@@ -38,7 +38,7 @@ class FlippedCrop:
 def augmented_epochs(
     encoder: Encoder, images: Images, rows: np.ndarray, kinds: Sequence[str], schedule: Schedule, num_workers: int = 0
 ) -> Epochs:
-    """Epochs over the given rows of a split; (seed, epoch, image) alone decide a crop.
+    """Return a function that makes epochs over the given rows of a split; (seed, epoch, image) alone decide a crop.
 
     An unreadable image adds nothing to the loss of its batch.
     """

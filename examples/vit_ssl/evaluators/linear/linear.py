@@ -16,7 +16,7 @@ from evaluators.linear.logistic_probe import logistic_probe
 from evaluators.linear.sgd_probe import Schedule, predict, stored_epochs, train_probes
 from evaluators.protocol import Evaluation, Features, Metric, NotApplicable
 
-# iBOT's grid: 1e-4, 2e-4 ... 9e-4, 1e-3, 2e-3 ... 9.
+# This is iBOT's grid: 1e-4, 2e-4 ... 9e-4, 1e-3, 2e-3 ... 9.
 LRS = tuple(round(digit * 10.0**power, -power) for power in range(-4, 1) for digit in range(1, 10))
 LOGISTIC_LIMIT = 50_000
 
@@ -26,30 +26,30 @@ class LinearOptions:
     """Linear classification: by SGD as in Table 2 ([C] and [D]), or by logistic regression for small data sets."""
 
     classifier: Literal["auto", "logistic", "sgd"] = "auto"
-    """logistic: scikit-learn's, C chosen on val, [CLS] features. sgd: DINO's protocol. auto: logistic for fewer than
-    50 000 train images."""
+    """logistic takes scikit-learn's regression on [CLS] features, with C chosen on val; sgd takes DINO's protocol; auto
+    takes logistic for fewer than 50 000 train images."""
     augment: bool = False
-    """sgd: run the backbone on new random-resized and flipped crops in every epoch, as DINO and the paper do. Without,
-    the cheap variant: features of centre crops, made once."""
+    """For sgd: run the backbone on new random-resized and flipped crops in every epoch, as DINO and the paper do.
+    Without it the features are those of centre crops, made once, which is cheaper."""
     tokens: Literal["auto", "last4", "cls+mean_patch"] = "auto"
-    """sgd: what [D] is; by default as DINO, last4 up to ViT-S, cls+mean_patch for wider models. [C] is [CLS] alone."""
+    """For sgd: what [D] is; auto takes, as DINO, last4 up to ViT-S and cls+mean_patch for wider ones. [C] is [CLS]."""
     lrs: tuple[float, ...] = LRS
-    """sgd: learning rates for a batch of 256, scaled by batch_size / 256; the default is iBOT's sweep."""
+    """For sgd: the learning rates for a batch of 256, scaled by batch_size / 256; the default is iBOT's sweep."""
     epochs: int = 100
-    """sgd."""
+    """For sgd: how often the train images are seen."""
     batch_size: int = 1024
-    """sgd: over all ranks."""
+    """For sgd: images in a batch, over all ranks."""
     holdout: float = 0.0
-    """sgd: share of the train images on which the learning rate is chosen and that are not trained on. With 0 it is
+    """For sgd: share of the train images on which the learning rate is chosen and that are not trained on. With 0 it is
     chosen on val, as in the paper, so that the accuracy on val is a little optimistic."""
     seed: int = 0
-    """sgd: of initial weights, order, crops and holdout."""
+    """For sgd: the seed of initial weights, order, crops and holdout."""
     num_workers: int = 0
-    """sgd with augment: processes that read images, for every rank."""
+    """For sgd with augment: processes that read images, for every rank."""
 
 
 def linear(evaluation: Evaluation, options: LinearOptions = LinearOptions()) -> Iterator[Metric]:
-    """Top-1 accuracies: "top1" of logistic regression, or "top1_C" and "top1_D" of Table 2.
+    """Yield the top-1 accuracies: "top1" of logistic regression, or "top1_C" and "top1_D" of Table 2.
 
     Raises:
         ValueError: an option is out of range.
@@ -67,7 +67,7 @@ def linear(evaluation: Evaluation, options: LinearOptions = LinearOptions()) -> 
 
 
 def sgd(evaluation: Evaluation, options: LinearOptions) -> Iterator[Metric]:
-    """Accuracies by DINO's protocol, with the learning rate that is best on held-out train images or on val."""
+    """Yield the accuracies by DINO's protocol, with the best learning rate on held-out train images or on val."""
     encoder = evaluation.encoder
     kinds = {"top1_C": "cls"}
     if encoder is not None:

@@ -22,7 +22,7 @@ CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 def logistic_probe(
     train: Features, val: Features, queries: Features, *, cs: Sequence[float] = CS, max_iter: int = 1000
 ) -> Metric:
-    """Top-1 accuracy on `queries` of a logistic regression trained on `train`.
+    """Return the top-1 accuracy on `queries` of a logistic regression trained on `train`.
 
     C (scikit-learn's inverse regularisation strength) is the one of `cs` with the best accuracy on val, the smallest
     of equals; the sweep goes upwards and ends when two in a row are worse than the best. `options["converged"]` tells

@@ -45,7 +45,7 @@ class LinearProbes(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (count, B, classes) of features (B, D)."""
+        """Return the logits (count, B, classes) of features (B, D)."""
         return torch.stack([layer(x) for layer in self.layers])
 
 
@@ -83,13 +83,13 @@ def train_probes(epochs: Epochs, dims: Mapping[str, int], classes: int, schedule
 
 @torch.inference_mode()
 def predict(probes: LinearProbes, x: np.ndarray, *, rows: int = 1024) -> np.ndarray:
-    """Labels (count, N) that each classifier gives features (N, D); the ranks divide them."""
+    """Return the labels (count, N) that each classifier gives features (N, D); the ranks divide them."""
     parts = share([slice(first, first + rows) for first in range(0, len(x), rows)])
     return np.concatenate(gather([probes(to_device(x[part])).argmax(dim=2).cpu().numpy() for part in parts]), axis=1)
 
 
 def stored_epochs(features: Mapping[str, Features], rows: np.ndarray, schedule: Schedule) -> Epochs:
-    """Epochs over the given rows of features that are made already, one entry for each kind."""
+    """Return a function that makes epochs over the given rows of stored features, one entry for each kind."""
 
     def epochs(epoch: int) -> Iterator[Batch]:
         for batch in shuffled_batches(rows, schedule, epoch):
@@ -102,11 +102,11 @@ def stored_epochs(features: Mapping[str, Features], rows: np.ndarray, schedule: 
 
 
 def shuffled_batches(rows: np.ndarray, schedule: Schedule, epoch: int) -> list[np.ndarray]:
-    """All `rows` in batches, in an order drawn from (seed, epoch)."""
+    """Return all `rows` in batches, in an order drawn from (seed, epoch)."""
     order = np.random.default_rng([schedule.seed, epoch]).permutation(rows)
     return [order[first : first + schedule.batch_size] for first in range(0, len(order), schedule.batch_size)]
 
 
 def to_device(x: np.ndarray) -> Tensor:
-    """Features as float32 on this rank's device."""
+    """Return the features as float32 on this rank's device."""
     return torch.from_numpy(np.array(x)).to(device()).float()

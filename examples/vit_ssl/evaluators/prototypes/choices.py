@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 class Choices(NamedTuple):
-    """What N images choose."""
+    """The prototypes that N images choose, by score, by logit and by target."""
 
     y: Tensor
     """Unit vectors (N, p)."""
@@ -29,7 +29,7 @@ class Choices(NamedTuple):
 
 @torch.inference_mode()
 def choose(components: Components, x: np.ndarray, rows: np.ndarray) -> Choices:
-    """The choices of `rows` of the backbone features (N, D), in chunks."""
+    """Return the choices of `rows` of the backbone features (N, D), in chunks."""
     weight = components.prototypes
     y, chosen = [], {"scores": [], "logits": []} | ({"targets": []} if components.targets else {})
     marginal, entropy = torch.zeros(len(weight), dtype=torch.float64, device=weight.device), 0.0
@@ -50,7 +50,7 @@ def choose(components: Components, x: np.ndarray, rows: np.ndarray) -> Choices:
 
 
 def by_kappa(kappa: np.ndarray, correct: np.ndarray, ranges: int) -> Iterator[dict[str, Any]]:
-    """Accuracy of the images whose kappa (N,) lies in each of `ranges` equal ranges of its percentiles.
+    """Yield the accuracy of the images whose kappa (N,) lies in each of `ranges` equal ranges of its percentiles.
 
     Equal values stay together, in the range of their middle: ranges differ in size, empty ones are left out. Nothing
     where all are equal.

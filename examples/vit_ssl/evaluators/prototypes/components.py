@@ -23,23 +23,23 @@ class Components:
     """A trained mixture of K components on the sphere in p dimensions."""
 
     prototypes: Tensor
-    """w (K, p)"""
+    """The prototypes w (K, p)."""
     temperature: float
     """The student's, of kappa = ||w|| / temperature and of the logits of Eq. 6."""
     log_normalizer: Tensor
-    """log C_p(kappa) (K,) up to a constant, zeros without vMF normalisation."""
+    """The normaliser log C_p(kappa) (K,) up to a constant, zeros without vMF normalisation."""
     project: Callable[[Tensor], Tensor]
     """Backbone features (N, D) -> unit vectors y (N, p)."""
     targets: Callable[[Tensor], Tensor] | None = None
     """Scores <w, y> (N, K) -> the probabilities that the student is taught (N, K); None where the centre is unknown."""
 
     def logits(self, scores: Tensor) -> Tensor:
-        """Eq. 6 before its softmax, of scores <w, y> (N, K)."""
+        """Return the logits of Eq. 6 (N, K), before its softmax, of scores <w, y> (N, K)."""
         return scores / self.temperature + self.log_normalizer
 
 
 def open_components(evaluation: Evaluation, *, normalizer: str, temperature: float) -> Components:
-    """The prototypes of one of our runs, or of a .pth file with its head.
+    """Return the prototypes of one of our runs, or of a .pth file with its head.
 
     For a .pth file, `normalizer` and `temperature` say how it was trained; a run knows.
 
@@ -55,7 +55,7 @@ def open_components(evaluation: Evaluation, *, normalizer: str, temperature: flo
 
 
 def of_run(run: Run) -> Components:
-    """The teacher's features and the prototypes that its targets come from, at the last epoch."""
+    """Return the teacher's features and the prototypes that its targets come from, at the last epoch."""
     layer, temperature = run.method.prototypes(), run.recipe.student_temp
     epoch = min(run.epoch, run.recipe.epochs - 1)
     return Components(
@@ -68,7 +68,7 @@ def of_run(run: Run) -> Components:
 
 
 def read_head(weights: Mapping[str, Tensor], normalizer: str) -> VMFPrototypeHead:
-    """The projection head `head.*` of DINO's or iBOT's state dict; of iBOT the [CLS] prototypes.
+    """Return the projection head `head.*` of DINO's or iBOT's state dict; of iBOT the [CLS] prototypes.
 
     Raises NotApplicable when there is none: DINO's "full checkpoints" have it, its backbone files have not.
     """

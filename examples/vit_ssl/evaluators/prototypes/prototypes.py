@@ -49,7 +49,7 @@ class PrototypesOptions:
 
 
 def prototypes(evaluation: Evaluation, options: PrototypesOptions = PrototypesOptions()) -> Iterator[Metric]:
-    """Statistics of the teacher's prototypes over the un-augmented train split.
+    """Yield statistics of the teacher's prototypes over the un-augmented train split.
 
     - `unique`, `largest_set`: prototypes that repeat no other, and the largest set of duplicates, at a cosine of 0.9
       (Table 4) and, as `unique@0.5` and so on, at the other thresholds (Figures 6 and 7).

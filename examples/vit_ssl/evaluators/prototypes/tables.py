@@ -26,7 +26,7 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV file with a header; numbers where all of a column are."""
+    """Return the columns of a CSV file with a header; numbers where all of a column are."""
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
     columns = {}

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def positions(ranking: np.ndarray, positives: np.ndarray, junk: np.ndarray) -> np.ndarray:
-    """Where the positives stand in a ranking (N,) of image numbers, the best first, when the junk is taken out.
+    """Return where the positives stand in a ranking (N,) of image numbers, best first, when the junk is taken out.
 
     Ascending, counted from 0.
     """
@@ -15,7 +15,7 @@ def positions(ranking: np.ndarray, positives: np.ndarray, junk: np.ndarray) -> n
 
 
 def average_precision(positions: np.ndarray) -> float:
-    """Area under the precision-recall curve by the trapezoid rule, from the `positions` of all positives.
+    """Return the area under the precision-recall curve by the trapezoid rule, from the `positions` of all positives.
 
     So each positive counts with the mean of the precision before and after it. scikit-learn's `average_precision_score`
     takes the one after it and is never smaller.
@@ -27,6 +27,6 @@ def average_precision(positions: np.ndarray) -> float:
 
 
 def precision_at(positions: np.ndarray, k: int) -> float:
-    """Share of positives among the first `k` images, or among all up to the last positive where those are fewer."""
+    """Return the share of positives in the first `k` images, or up to the last positive where that comes earlier."""
     k = min(k, int(positions[-1]) + 1)
     return np.count_nonzero(positions < k) / k

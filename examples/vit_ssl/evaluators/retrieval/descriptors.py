@@ -37,7 +37,7 @@ def describe(
     multiscale: bool = False,
     num_workers: int = 0,
 ) -> np.ndarray:
-    """Features (N, D) of length 1 of the images in `files`, each cropped to its box in px, where it has one.
+    """Return the features (N, D) of length 1 of the images in `files`, each cropped to its box in px, where it has one.
 
     The ranks divide the images; every one gets all features.
     """
@@ -65,7 +65,9 @@ class _Images(Dataset):
 
 
 def describe_image(encoder: Encoder, image: Tensor, multiscale: bool) -> Tensor:
-    """The [CLS] feature (D,) of one image (3, H, W), of length 1; with several scales that of the mean over them."""
+    """Return the [CLS] feature (D,) of one image (3, H, W), of length 1; with several scales that of the mean over
+    them.
+    """
     image = image[None].to(encoder.model.device)
     features = encoder.cls(whole_patches(image, encoder.patch_size))
     for scale in SMALLER_SCALES if multiscale else ():
@@ -75,7 +77,8 @@ def describe_image(encoder: Encoder, image: Tensor, multiscale: bool) -> Tensor:
 
 
 def whole_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Images (B, 3, H, W) without what lies right of and below the last whole patch, which DINO's network ignores too.
+    """Return the images (B, 3, H, W) without what lies right of and below the last whole patch, which DINO's network
+    ignores too.
 
     Raises ValueError when there is no whole patch.
     """

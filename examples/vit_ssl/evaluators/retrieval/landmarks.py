@@ -11,7 +11,7 @@ import numpy as np
 from evaluators.retrieval.safe_pickle import load_plain_pickle
 
 TREE = "expected DATA/{0}/gnd_{0}.pkl and DATA/{0}/jpg/*.jpg"
-"""{0} is the name of the benchmark."""
+"""The placeholder {0} stands for the name of the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Query:
     junk: np.ndarray
 
     def truth(self, difficulty: str) -> tuple[np.ndarray, np.ndarray]:
-        """(positives, junk) of a difficulty: "medium" wants easy and hard images, "hard" the hard ones alone."""
+        """Return (positives, junk) of a difficulty: "medium" wants easy and hard images, "hard" the hard ones alone."""
         if difficulty == "medium":
             return np.concatenate([self.easy, self.hard]), self.junk
         if difficulty == "hard":

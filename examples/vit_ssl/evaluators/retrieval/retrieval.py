@@ -18,7 +18,7 @@ from runtime.distributed import world_size
 if TYPE_CHECKING:
     from evaluators.features.encoder import Encoder
 
-# What the commands that DINO published use: (longer side in px, several scales).
+# The commands that DINO published use these: (longer side in px, several scales).
 PUBLISHED = {"roxford5k": (224, False), "rparis6k": (512, True)}
 KS = (1, 5, 10)
 
@@ -44,7 +44,7 @@ class RetrievalOptions:
 
 
 def retrieval(evaluation: Evaluation, options: RetrievalOptions = RetrievalOptions()) -> Iterator[Metric]:
-    """Mean average precision with the medium and the hard positives, and mean precision at 1, 5 and 10.
+    """Yield the mean average precision with the medium and the hard positives, and mean precision at 1, 5 and 10.
 
     Nothing is tuned, so `evaluation.split` does not matter. The ranks divide the images.
 
@@ -93,5 +93,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def rank_images(queries: np.ndarray, bank: np.ndarray) -> np.ndarray:
-    """Numbers (Q, N) of the images of the bank (N, D), the most similar to each query (Q, D) first; all of length 1."""
+    """Return the numbers (Q, N) of the images of the bank (N, D), the most similar to each query (Q, D) first; all of
+    length 1.
+    """
     return np.argsort(-(queries @ bank.T), axis=1, kind="stable")

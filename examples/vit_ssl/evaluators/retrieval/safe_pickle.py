@@ -11,7 +11,8 @@ import numpy as np
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """What the pickle holds, if it is made of dicts, lists, tuples, strings and numbers alone, or numpy arrays of them.
+    """Return what the pickle holds, if it is made of dicts, lists, tuples, strings and numbers alone, or numpy arrays
+    of them.
 
     Pickles of numpy 1 and 2, Python 2 and 3 are read.
 
@@ -87,14 +88,15 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# Functions, because a pickle may set attributes of what it names, and those of a class would change its objects.
+# These are functions, because a pickle may set attributes of what it names, and those of a class would change its
+# objects.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _dtype,
     ("numpy", "ndarray"): "ndarray",  # an argument of _reconstruct alone
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): _frombuffer,
-    # How Python 3 writes bytes for Python 2.
+    # This is how Python 3 writes bytes for Python 2.
     ("_codecs", "encode"): _latin1_bytes,
     ("__builtin__", "bytes"): _empty_bytes,
 }

@@ -32,7 +32,7 @@ class Video:
 
 
 def load_davis(data: Path, image_set: str = "val") -> list[Video]:
-    """The sequences that `data`/ImageSets/2017/`image_set`.txt names, in its order.
+    """Return the sequences that `data`/ImageSets/2017/`image_set`.txt names, in its order.
 
     Raises:
         FileNotFoundError: the list is missing or empty, or a sequence lacks its frames or the annotation of one.
@@ -67,7 +67,7 @@ def _video(data: Path, name: str) -> Video:
 
 
 def frame_size(size: tuple[int, int], side: int, patch_size: int) -> tuple[int, int]:
-    """(width, height) at which a frame of `size` (width, height) is encoded, both multiples of the patch size.
+    """Return (width, height) at which a frame of `size` (width, height) is encoded, both multiples of the patch size.
 
     The shorter side is `side`, the longer one keeps the aspect ratio and is rounded down to a multiple of 64, as in
     DINO; both are rounded down further where the patch size asks for it.
@@ -83,7 +83,8 @@ def frame_size(size: tuple[int, int], side: int, patch_size: int) -> tuple[int, 
 
 
 def read_frame(path: Path, side: int, patch_size: int, size: tuple[int, int]) -> Tensor:
-    """A frame as a normalised tensor (3, height, width), resized as `frame_size` says: bilinear, without antialiasing.
+    """Return a frame as a normalised tensor (3, height, width), resized as `frame_size` says: bilinear, without
+    antialiasing.
 
     Raises:
         OSError: the file is no image or damaged.
@@ -99,7 +100,7 @@ def read_frame(path: Path, side: int, patch_size: int, size: tuple[int, int]) ->
 
 
 def read_annotation(path: Path) -> Image.Image:
-    """An annotation with its palette: 0 is background, 1, 2, ... are objects; void has become background.
+    """Return an annotation with its palette: 0 is background, 1, 2, ... are objects; void has become background.
 
     Raises:
         OSError: the file is no image or damaged.

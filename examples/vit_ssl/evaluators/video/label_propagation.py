@@ -19,7 +19,7 @@ def track(
     topk: int = 5,
     temperature: float = 0.1,
 ) -> Iterator[Tensor]:
-    """The soft labels (h, w, C) of the second frame and all later ones, whose `features` are (h, w, D) each.
+    """Yield the soft labels (h, w, C) of the second frame and all later ones, whose `features` are (h, w, D) each.
 
     Those of a frame come from the first frame, whose `labels` (h, w, C) are given, and from the `last_frames` before
     it, with the labels that they got.
@@ -38,7 +38,7 @@ def track(
 def propagate(
     target: Tensor, sources: Tensor, labels: Tensor, *, radius: int = 12, topk: int = 5, temperature: float = 0.1
 ) -> Tensor:
-    """Soft labels (h, w, C) of the patches `target` (h, w, D) from those of `sources` (n, h, w, D): (n, h, w, C).
+    """Return soft labels (h, w, C) of the patches `target` (h, w, D) from those (n, h, w, C) of `sources` (n, h, w, D).
 
     A patch takes the labels of the `topk` sources most similar to it, with weights softmax(cosine / `temperature`),
     out of those at most `radius` rows and columns away (0: everywhere); sources as similar as the last of them count
@@ -61,7 +61,7 @@ def propagate(
 
 
 def upsample(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """The winning label of every pixel, (height, width) = `size` int64, from soft labels (h, w, C) of patches.
+    """Return the winning label of every pixel, (height, width) = `size` int64, from soft labels (h, w, C) of patches.
 
     Enlarged bilinearly, then every channel is stretched to [0, 1] over the frame, so that small objects, which fade,
     do not lose to the background; a channel that is constant is 0.

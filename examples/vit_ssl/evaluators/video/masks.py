@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def segment(encoder: Encoder, video: Video, *, side: int = 480, **settings: Any) -> list[np.ndarray]:
-    """The number of the object at every pixel of every frame, uint8 (H, W) each; the first is the annotation.
+    """Return the number of the object at every pixel of every frame, uint8 (H, W) each; the first is the annotation.
 
     `side` is the shorter side at which frames are encoded, in px, `settings` are those of `track`.
 

@@ -12,13 +12,13 @@ TOLERANCE = 0.008
 
 
 def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
-    """J: intersection over union of two boolean masks (H, W); 1 where both are empty."""
+    """Return J, the intersection over union of two boolean masks (H, W); 1 where both are empty."""
     union = np.count_nonzero(mask | truth)
     return np.count_nonzero(mask & truth) / union if union else 1.0
 
 
 def boundary_accuracy(mask: np.ndarray, truth: np.ndarray, *, tolerance: float = TOLERANCE) -> float:
-    """F: harmonic mean of the precision and recall of the boundary of `mask`, both boolean (H, W).
+    """Return F, the harmonic mean of the precision and recall of the boundary of `mask`, both boolean (H, W).
 
     A boundary pixel is matched when the other boundary has one within `tolerance` times the diagonal, rounded up to
     whole pixels. 1 where neither mask has a boundary, 0 where only one has.
@@ -32,7 +32,9 @@ def boundary_accuracy(mask: np.ndarray, truth: np.ndarray, *, tolerance: float =
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a boolean mask (H, W) that differ from their neighbour to the right, below or below to the right."""
+    """Return the pixels of a boolean mask (H, W) that differ from their neighbour to the right, below or below to the
+    right.
+    """
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
@@ -43,7 +45,7 @@ def _matched(points: np.ndarray, others: np.ndarray, radius: float) -> float:
 
 
 def summarize(objects: Sequence[np.ndarray]) -> dict[str, float]:
-    """The official numbers from J and F of each object in each of its frames: arrays (2, frames).
+    """Return the official numbers from J and F of each object in each of its frames: arrays (2, frames).
 
     "J-Mean", "F-Mean": over the frames, then over the objects; "J&F-Mean" is the mean of the two. "Recall" is the share
     of frames above 0.5, "Decay" what is lost from the first to the last quarter of the frames.
@@ -58,6 +60,6 @@ def summarize(objects: Sequence[np.ndarray]) -> dict[str, float]:
 
 
 def _decay(values: np.ndarray) -> float:
-    # Quarters that share their end points, halves rounded up: as the official code cuts them.
+    # The official code cuts quarters that share their end points, with halves rounded up.
     ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     return np.mean(values[: ends[1] + 1]) - np.mean(values[ends[3] :])

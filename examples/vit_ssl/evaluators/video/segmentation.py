@@ -51,7 +51,8 @@ class VideoOptions:
 
 
 def video_segmentation(evaluation: Evaluation, options: VideoOptions = VideoOptions()) -> Iterator[Metric]:
-    """The official numbers, see `davis_metrics.summarize`: J and F of every object between the first and last frame.
+    """Yield the official numbers, see `metrics.summarize`: J and F of every object between the first and last
+    frame.
 
     Their means for every object are written to OUTPUT/davis2017-IMAGE_SET.csv. Nothing is tuned, so `evaluation.split`
     does not matter. The ranks divide the sequences.
@@ -87,7 +88,7 @@ def _evaluate(encoder: Encoder, video: Video, settings: dict[str, Any], folder: 
 
 
 def score(video: Video, masks: list[np.ndarray]) -> np.ndarray:
-    """J and F of every object in every frame between the first and the last: (objects, 2, frames - 2).
+    """Return J and F of every object in every frame between the first and the last: (objects, 2, frames - 2).
 
     `masks` are those of `segment`, uint8 (H, W) per frame, the first of them the annotation.
 

@@ -38,14 +38,22 @@ class iBOTLoss(AttachedLoss):
     and centering="logit" it is iBOT's own loss.
 
     Args:
-        out_dim, patch_out_dim: number of prototypes K of [CLS] and K2 of patch tokens; equal if a head is shared.
-        ngcrops, nlcrops: global and local crops per image.
-        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs: the teacher's temperature for [CLS]
-            rises linearly from the first to the second over so many epochs, then stays.
-        warmup_teacher_temp2, teacher_temp2: the same for patches; their warm-up begins at `mim_start_epoch`.
+        out_dim: number of prototypes K of [CLS] tokens.
+        patch_out_dim: number of prototypes K2 of patch tokens; K if a head is shared.
+        ngcrops: global crops per image.
+        nlcrops: local crops per image.
+        warmup_teacher_temp: the teacher's temperature for [CLS] at the start.
+        teacher_temp: the teacher's temperature for [CLS] after its warm-up.
+        warmup_teacher_temp2: the teacher's temperature for patches at the start.
+        teacher_temp2: the teacher's temperature for patches after its warm-up.
+        warmup_teacher_temp_epochs: how many epochs a temperature rises linearly; that of patches begins to rise at
+            `mim_start_epoch`.
+        nepochs: the number of epochs of the training.
         student_temp: the student's temperature, for both.
-        center_momentum, center_momentum2: momenta of the two centres.
-        lambda1, lambda2: weights of the [CLS] and of the patch objective.
+        center_momentum: momentum of the centre for [CLS].
+        center_momentum2: momentum of the centre for patches.
+        lambda1: weight of the [CLS] objective.
+        lambda2: weight of the patch objective.
         mim_start_epoch: the epoch at which masking begins.
         centering: "probability" is Eq. 9; "logit" is iBOT's own (Eq. 8), on logits with log C_p.
         center_on: see `ProbabilityCentering`; for centering="probability" only.
@@ -101,7 +109,7 @@ class iBOTLoss(AttachedLoss):
         mim_start_epoch: int = 0,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         fused: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:

@@ -29,8 +29,9 @@ class DINOLoss(SingleCenterLoss):
 
     Args:
         output_dim: number of prototypes K.
-        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: the teacher's temperature, if the call gives an
-            `epoch`, rises linearly from the first to the second over so many epochs; otherwise it is `teacher_temp`.
+        warmup_teacher_temp: the teacher's temperature at the start, if the calls give an `epoch`.
+        teacher_temp: the teacher's temperature after its warm-up, and that of calls without an `epoch`.
+        warmup_teacher_temp_epochs: how many epochs the teacher's temperature rises linearly from one to the other.
         student_temp: the student's temperature.
         center_momentum: momentum of the centre.
         center_mode: "mean", the only one there is in lightly.
@@ -68,7 +69,7 @@ class DINOLoss(SingleCenterLoss):
         center_mode: str = "mean",
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         process_group: ProcessGroup | None = None,
     ) -> None:
         at_least("output_dim", output_dim, 1)

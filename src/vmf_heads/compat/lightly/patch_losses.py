@@ -28,7 +28,8 @@ class IBOTPatchLoss(SingleCenterLoss):
 
     Args:
         output_dim: number of prototypes K.
-        teacher_temp, student_temp: the temperatures; a call may give another one for the teacher.
+        teacher_temp: the teacher's temperature; a call may give another one.
+        student_temp: the student's temperature.
         center_mode: "mean", the only one there is in lightly.
         center_momentum: momentum of the centre.
         centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p.
@@ -65,7 +66,7 @@ class IBOTPatchLoss(SingleCenterLoss):
         center_momentum: float = 0.9,
         *,
         centering: str = "probability",
-        center_on: str = "scores",
+        center_on: str = "responsibilities",
         process_group: ProcessGroup | None = None,
     ) -> None:
         at_least("output_dim", output_dim, 1)
