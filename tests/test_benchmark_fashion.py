@@ -80,3 +80,4 @@ def test_the_command_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monk
     found = json.loads(next((tmp_path / "results").iterdir()).read_text())
     assert [(row["seed"], row["arm"]) for row in found["rows"]] == [(seed, arm) for seed in (0, 1) for arm in arms]
     assert 0 <= found["raw_pixels_knn"] <= 1
+    assert len(found["untrained_knn"]) == 2

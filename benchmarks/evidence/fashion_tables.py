@@ -13,6 +13,7 @@ def table_1(result: dict[str, Any]) -> str:
     baseline = {row["seed"]: row["knn"] for row in select(rows, arm=BASELINE)}
     header = (
         "normalisation, centre",
+        "seeds",
         "kNN, %",
         "minus plain DINO, points",
         "used: scores",
@@ -20,14 +21,18 @@ def table_1(result: dict[str, Any]) -> str:
         "targets",
         "κ₉₅ / κ₅",
     )
-    lines = [("raw pixels", f"{100 * result['raw_pixels_knn']:.2f}", *[""] * 5)]
+    untrained = result["untrained_knn"]
+    lines = [
+        ("raw pixels", "", f"{100 * result['raw_pixels_knn']:.2f}", *[""] * 5),
+        ("before training", str(len(untrained)), text(untrained, scale=100), *[""] * 5),
+    ]
     for arm in _arms(rows):
         own = select(rows, arm=arm)
         paired = [row["knn"] - baseline[row["seed"]] for row in own if row["seed"] in baseline]
         difference = "" if arm == BASELINE else text(paired, scale=100, signed=True)
         used = [text([row[f"used_by_{name}"] for row in own]) for name in ("scores", "logits", "targets")]
         spread = text([row["kappa_spread"] for row in own])
-        lines.append((arm, text([row["knn"] for row in own], scale=100), difference, *used, spread))
+        lines.append((arm, str(len(own)), text([row["knn"] for row in own], scale=100), difference, *used, spread))
     return table(header, lines)
 
 

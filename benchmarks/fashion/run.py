@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.fashion.data import Images, load
-from benchmarks.fashion.evaluate import evaluate, nearest_neighbours
+from benchmarks.fashion.evaluate import evaluate, features, nearest_neighbours
 from benchmarks.fashion.train import Settings, train
 
 ARMS = {
@@ -75,8 +75,18 @@ def fashion(
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)
                 print(f"seed {seed}, {change} {arm}: kNN {row['knn']:.4f}, by fifth {row['knn_by_fifth']}", flush=True)
-    raw = _raw_pixels(bank, images[split])
-    print(results.write(f"fashion_{study}", "cpu", rows, bank=BANK, raw_pixels_knn=raw))
+    references = {
+        "raw_pixels_knn": _raw_pixels(bank, images[split]),
+        "untrained_knn": [_untrained(bank, images[split], seed) for seed in seeds],
+    }
+    print(results.write(f"fashion_{study}", "cpu", rows, bank=BANK, **references))
+
+
+def _untrained(bank: Images, queries: Images, seed: int) -> float:
+    """kNN with the features that the network of this seed starts from."""
+    network = train(Settings(steps=0), bank, seed).teacher.eval().backbone
+    found = nearest_neighbours(features(network, bank.x), bank.labels, features(network, queries.x))
+    return float((found == queries.labels).float().mean())
 
 
 def _raw_pixels(bank: Images, queries: Images) -> float:
