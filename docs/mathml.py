@@ -22,7 +22,7 @@ _INLINE = r"(?<![\\$\w])\$(?![\s$])((?:[^$\\\n]|\\.)+?)(?<!\s)\$(?![\d$])"
 # Where the notation that GitHub takes and the one that the converter takes differ.
 _REWRITTEN = (
     (r"\\(begin|end)\{aligned\}", r"\\\1{align*}"),
-    (r"\\mathrm\{(\w\w+)\}", r"\\text{\1}"),  # one word in place of single letters
+    (r"\\(?:mathrm|operatorname)\{(\w\w+)\}", r"\\text{\1}"),  # one word in place of single letters
     (r"\\(log|exp|max|min)(?=\s+[^\s(^_])", r"\\\1\\,"),  # TeX's thin spaces behind a function and before it
     (r"(?<=[\w}])\s+(?=\\(log|exp|max|min)\b)", r"\\, "),
 )
@@ -31,6 +31,7 @@ _RESPACED = (
     (r"<mo>(&#x0002F;)</mo>", r'<mo lspace="0" rspace="0">\1</mo>'),
     (r"((?:&#x00028;|&#x0005B;|&#x0003D;)</mo>)<mo>(&#x02212;)", r'\1<mo form="prefix">\2'),
 )
+_LONG = 30  # characters: a line of a telephone; browsers do not break a formula
 _INLINE_PRIORITY = 185  # after code spans (190), before backslash escapes (180)
 
 
@@ -68,4 +69,7 @@ class _InlineMath(Extension):
 
 class _InlineProcessor(InlineProcessor):
     def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:
-        return self.md.htmlStash.store(mathml(m[1])), m.start(0), m.end(0)
+        element = mathml(m[1])
+        if len("".join(ElementTree.fromstring(element).itertext())) > _LONG:
+            element = f'<span class="long-math">{element}</span>'
+        return self.md.htmlStash.store(element), m.start(0), m.end(0)

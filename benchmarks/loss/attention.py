@@ -68,6 +68,7 @@ class _ByAttention(Function):
     def forward(
         ctx: Any, y: Tensor, w: Tensor, b: Tensor, inputs: Inputs, teacher_bias: Tensor, attention: Attention
     ) -> Tensor:
+        b = b.detach()  # the tracer of flex_attention looks for the gradients of what its bias reads
         tau, teacher_w = STUDENT_TEMPERATURE, inputs.teacher_prototypes()
         q, teacher_q = y / tau, inputs.teacher_y / TEACHER_TEMPERATURE
         teacher_rows, weights = _pairs(inputs)

@@ -109,8 +109,10 @@ def prototype_cross_entropy(
     teacher = HeadOutput(*(None if x is None else x.detach().to(dtype) for x in teacher))  # type: ignore[arg-type]
     bias = log_normalizer = None
     if normalizer == "vmf":
-        bias = prototype_log_normalizer(student.norms, dim, student_temperature)
-        log_normalizer = prototype_log_normalizer(teacher.norms, dim, teacher_temperature)
+        norms = torch.stack([student.norms, teacher.norms])  # together, because that is one kernel instead of two
+        temperatures = norms.new_tensor([[student_temperature], [teacher_temperature]])
+        bias, log_normalizer = prototype_log_normalizer(norms, dim, temperatures)
+        log_normalizer = log_normalizer.detach()
     averages_log_c = center_on == "responsibilities"
     distillation = Distillation(
         teacher=teacher,

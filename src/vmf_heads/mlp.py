@@ -14,7 +14,7 @@ __all__ = ["projection_mlp"]
 def projection_mlp(
     in_dim: int,
     hidden_dim: int,
-    out_dim: int,
+    bottleneck_dim: int,
     nlayers: int = 3,
     *,
     norm: Callable[[], nn.Module] | None = None,
@@ -28,7 +28,7 @@ def projection_mlp(
     Args:
         in_dim: dimension of the backbone's features.
         hidden_dim: width of the hidden layers.
-        out_dim: dimension p of the bottleneck.
+        bottleneck_dim: dimension p of the sphere's space, >= 2.
         nlayers: number of linear layers; with 1 the MLP is that one layer.
         norm: makes the normalisation before each activation; None for none.
         act: makes each activation.
@@ -51,13 +51,13 @@ def projection_mlp(
     at_least("in_dim", in_dim, 1)
     at_least("nlayers", nlayers, 1)
     at_least("hidden_dim", hidden_dim, 1)
-    at_least("bottleneck_dim", out_dim, 2)
+    at_least("bottleneck_dim", bottleneck_dim, 2)
     layers: list[nn.Module] = []
     width = in_dim
     for _ in range(nlayers - 1):
         layers += [nn.Linear(width, hidden_dim, bias=hidden_bias), *([] if norm is None else [norm()]), act()]
         width = hidden_dim
-    last = nn.Linear(width, out_dim, bias=out_bias)
+    last = nn.Linear(width, bottleneck_dim, bias=out_bias)
     mlp = nn.Sequential(*layers, last) if layers else last
     return mlp.apply(_init_linear)
 

@@ -205,15 +205,15 @@ def weight_norm(directions: Tensor, scales: Tensor) -> Tensor:
     return torch._weight_norm(at_least_float32(directions), at_least_float32(scales)[:, None], 0)
 
 
-def prototype_log_normalizer(norms: Tensor, p: int, temperature: float) -> Tensor:
-    """log C_p(||w_k|| / temperature) - log C_p(1 / temperature), (K,) in float32: 0 for prototypes of norm 1.
+def prototype_log_normalizer(norms: Tensor, p: int, temperature: float | Tensor) -> Tensor:
+    """log C_p(||w_k|| / temperature) - log C_p(1 / temperature), (..., K) in float32: 0 for prototypes of norm 1.
 
     The constant does not change a softmax over k; with it, a head whose prototypes all have norm 1 is DINO's own.
 
     Args:
-        norms: ||w_k|| (K,).
+        norms: ||w_k|| (..., K).
         p: dimension of the sphere's space.
-        temperature: tau > 0, with kappa_k = ||w_k|| / tau.
+        temperature: tau > 0, with kappa_k = ||w_k|| / tau; or several of them as a tensor (..., 1).
 
     Reference: Govindarajan et al., ICLR 2023, Eq. 6.
 
@@ -225,4 +225,4 @@ def prototype_log_normalizer(norms: Tensor, p: int, temperature: float) -> Tenso
     with without_autocast(norms.device):
         with_unit = F.pad(norms, (0, 1), value=1.0)  # one call: the same kernel rounds both, and they cancel exactly
         log_c = log_vmf_normalizer(with_unit / temperature, p, relative=True)
-        return log_c[:-1] - log_c[-1]
+        return log_c[..., :-1] - log_c[..., -1:]
