@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.evidence.fashion_tables import by_fifth, fashion_stability, table_1
+from benchmarks.evidence.fashion_tables import by_fifth, table_1
 from benchmarks.evidence.mixture_tables import kappa, other_problems, readings, stability, summary
 
 DOCS = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -20,7 +20,6 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "stability": ("mixture_stability", stability),
     "table_1": ("fashion_table", table_1),
     "by_fifth": ("fashion_table", by_fifth),
-    "fashion_stability": ("fashion_stability", fashion_stability),
 }
 """By the name between the markers: the result file, and what makes the table from it."""
 
