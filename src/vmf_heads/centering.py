@@ -164,7 +164,7 @@ class ProbabilityCentering(nn.Module):
         log_sum, count = torch.full_like(self.log_center, -torch.inf), 0
         for chunk in _score_chunks(scores):
             logits = at_least_float32(chunk) / temperature
-            log_probabilities = torch.log_softmax(logits if bias is None else logits + bias, dim=1)
+            log_probabilities = torch.log_softmax(logits if bias is None else logits.add_(bias), dim=1)
             log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_probabilities, dim=0))
             count += len(chunk)
         self.convert_logit_center_(temperature)

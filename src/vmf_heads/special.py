@@ -70,7 +70,7 @@ def log_vmf_normalizer(kappa: Tensor, p: int, *, relative: bool = False, compile
     so d/dkappa log C_p = -F'/F = -I_{p/2}/I_{p/2-1} = -A_p (DLMF 10.29.4, 10.39.9), and A_p' follows from the
     recurrence in the order, DLMF 10.29.1, differentiated (see `_expansion`).
 
-    Source: [2] Eq. 5 takes the first term of DLMF 10.41.3 (https://dlmf.nist.gov/10.41.E3); here as many terms are
+    Reference: [2] Eq. 5 takes the first term of DLMF 10.41.3 (https://dlmf.nist.gov/10.41.E3); here as many terms are
     summed as the dtype resolves, rearranged so that nothing cancels. Accuracy, method and proofs by test:
     docs/numerics.md.
 
@@ -113,7 +113,7 @@ def vmf_mean_resultant(kappa: Tensor, p: int, *, compiled: bool | None = None) -
         ValueError: `p` < 2.
         RuntimeError: `compiled=True` where torch.compile does not work.
 
-    Source: [2] section 3.3; DLMF 10.29.1 for the recurrence between orders, docs/numerics.md for the method.
+    Reference: [2] section 3.3; DLMF 10.29.1 for the recurrence between orders, docs/numerics.md for the method.
 
     >>> import torch
     >>> from vmf_heads import vmf_mean_resultant
