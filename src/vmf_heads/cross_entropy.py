@@ -109,9 +109,8 @@ def prototype_cross_entropy(
     teacher = HeadOutput(*(None if x is None else x.detach().to(dtype) for x in teacher))  # type: ignore[arg-type]
     bias = log_normalizer = None
     if normalizer == "vmf":
-        norms = torch.stack(
-            [norms_of(student), norms_of(teacher)]
-        )  # together, because that is one kernel instead of two
+        # Together, because that is one kernel instead of two.
+        norms = torch.stack([norms_of(student), norms_of(teacher)])
         temperatures = norms.new_tensor([[student_temperature], [teacher_temperature]])
         bias, log_normalizer = prototype_log_normalizer(norms, dim, temperatures)
         log_normalizer = log_normalizer.detach()
