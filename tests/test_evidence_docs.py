@@ -54,3 +54,18 @@ def test_the_pictures_are_drawn_from_result_files(tmp_path, monkeypatch) -> None
     assert set(drawn) == {"evidence_readings.svg", "evidence_figure_2.svg"}
     for label, colour, _ in figures.COLOURS.values():
         assert all(colour in picture for picture in drawn.values()), label
+
+
+def test_making_the_tables_changes_nothing_between_them(monkeypatch) -> None:
+    monkeypatch.setattr(
+        report, "TABLES", {"a": ("file", lambda result: "| A |"), "b": ("file", lambda result: "| B |")}
+    )
+    monkeypatch.setattr(results, "latest", lambda name: {})
+    monkeypatch.setattr(report, "_provenance", lambda result: "*from*")
+    page = "# Page\n<!-- table: a -->\n<!-- end -->\ntext\n<!-- table: b -->\n\n| old |\n<!-- end -->\nlast\n"
+    made = report.rendered(page)
+    assert (
+        made.replace("| A |", "").replace("| B |", "").replace("*from*", "").split()
+        == page.replace("| old |", "").split()
+    )
+    assert report.rendered(made) == made

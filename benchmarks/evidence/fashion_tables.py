@@ -56,20 +56,6 @@ def by_fifth(result: dict[str, Any]) -> str:
     return table(header, lines)
 
 
-def fashion_stability(result: dict[str, Any]) -> str:
-    """kNN and use of the prototypes under each invitation to trouble."""
-    rows = result["rows"]
-    arms = _arms(rows)
-    lines = []
-    for change in dict.fromkeys(row["change"] for row in rows):
-        cells = []
-        for arm in arms:
-            own = select(rows, change=change, arm=arm)
-            cells.append("–" if not own else f"{100 * own[0]['knn']:.1f}, {own[0]['used_by_logits']:.2f}")
-        lines.append((change, *cells))
-    return table(("change", *arms), lines)
-
-
 def _arms(rows: list[dict[str, Any]]) -> list[str]:
     order = ("none, logit", "none, probability", "L2, logit", "L2, probability", "vMF, logit")
     found = dict.fromkeys(row["arm"] for row in rows)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.evidence.fashion_tables import by_fifth, fashion_stability, table_1
+from benchmarks.evidence.fashion_tables import by_fifth, table_1
 from benchmarks.evidence.mixture_tables import kappa, other_problems, readings, stability, summary
 
 DOCS = Path(__file__).parents[2] / "docs" / "evidence.md"
-MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "summary": ("mixture_readings", summary),
     "readings": ("mixture_readings", readings),
@@ -20,7 +20,6 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "stability": ("mixture_stability", stability),
     "table_1": ("fashion_table", table_1),
     "by_fifth": ("fashion_table", by_fifth),
-    "fashion_stability": ("fashion_stability", fashion_stability),
 }
 """By the name between the markers: the result file, and what makes the table from it."""
 
@@ -36,7 +35,7 @@ def rendered(page: str) -> str:
     def made(match: re.Match[str]) -> str:
         file, make = TABLES[match[2]]
         result = results.latest(file)
-        return f"{match[1]}\n{make(result)}\n\n{_provenance(result)}\n{match[3]}"
+        return f"{match[1]}\n{make(result)}\n\n{_provenance(result)}\n\n{match[3]}"
 
     return MARKER.sub(made, page)
 
