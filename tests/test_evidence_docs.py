@@ -32,7 +32,7 @@ def test_means_have_the_standard_error_of_the_mean() -> None:
     mean, error = mean_and_error([1.0, 2.0, None, 3.0])
     assert (mean, error) == (2.0, pytest.approx(1 / math.sqrt(3)))
     assert mean_and_error([None]) is None
-    assert text([0.5, -1.5], signed=True) == "−0.50 ± 1.00"
+    assert text([0.5, -1.5], signed=True) == "−0.50±1.00"
     assert text([0.25], scale=100, digits=1, signed=True) == "+25.0"
     assert text([]) == "–"
     assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

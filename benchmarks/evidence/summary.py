@@ -18,13 +18,13 @@ def mean_and_error(values: Iterable[float | None]) -> tuple[float, float] | None
 
 
 def text(values: Iterable[float | None], *, digits: int = 2, scale: float = 1.0, signed: bool = False) -> str:
-    """ "mean ± standard error"; a dash where the measure is not defined."""
+    """Mean and standard error as "m±e"; a dash where the measure is not defined."""
     found = mean_and_error(None if value is None else scale * value for value in values)
     if found is None:
         return "–"
     mean, error = (f"{x:{'+' if signed and not i else ''}.{digits}f}" for i, x in enumerate(found))
     mean = mean.replace("-", "−")
-    return mean if error == "nan" else f"{mean} ± {error}"
+    return mean if error == "nan" else f"{mean}±{error}"
 
 
 def select(rows: Rows, **wanted: Any) -> Rows:
