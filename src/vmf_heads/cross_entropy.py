@@ -11,7 +11,7 @@ from ._matmul import autocast_dtype, without_autocast
 from ._memory import rows_per_chunk
 from .centering import CENTER_ON, teacher_targets
 from .head import NORMALIZERS
-from .prototypes import HeadOutput, prototype_log_normalizer
+from .prototypes import HeadOutput, norms_of, prototype_log_normalizer
 
 __all__ = ["dino_pairs", "prototype_cross_entropy", "prototype_cross_entropy_reference"]
 
@@ -109,7 +109,8 @@ def prototype_cross_entropy(
     teacher = HeadOutput(*(None if x is None else x.detach().to(dtype) for x in teacher))  # type: ignore[arg-type]
     bias = log_normalizer = None
     if normalizer == "vmf":
-        norms = torch.stack([student.norms, teacher.norms])  # together, because that is one kernel instead of two
+        # Together, because that is one kernel instead of two.
+        norms = torch.stack([norms_of(student), norms_of(teacher)])
         temperatures = norms.new_tensor([[student_temperature], [teacher_temperature]])
         bias, log_normalizer = prototype_log_normalizer(norms, dim, temperatures)
         log_normalizer = log_normalizer.detach()

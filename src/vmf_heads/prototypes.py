@@ -46,9 +46,7 @@ class HeadOutput(NamedTuple):
     @property
     def norms(self) -> Tensor:
         """||w_k|| (K,), in float32 or more; kappa_k is this over the temperature."""
-        if self.scales is None:
-            return torch.linalg.vector_norm(at_least_float32(self.directions), dim=1)
-        return at_least_float32(self.scales).abs()
+        return norms_of(self)
 
     def scores(self, *, exact: bool = False) -> Tensor:
         """<w_k, y> (..., K) in float32, rounded under CUDA autocast as in the head unless `exact`."""
@@ -62,6 +60,13 @@ class HeadOutput(NamedTuple):
         if self.scales is None:
             return total
         return total * at_least_float32(self.scales) / torch.linalg.vector_norm(directions, dim=1)
+
+
+def norms_of(output: HeadOutput) -> Tensor:
+    """`output.norms`, for code that torch.compile may trace: torch 2.8 cannot trace a property of a named tuple."""
+    if output.scales is None:
+        return torch.linalg.vector_norm(at_least_float32(output.directions), dim=1)
+    return at_least_float32(output.scales).abs()
 
 
 class Prototypes(nn.Module):
