@@ -63,7 +63,7 @@ LAYERS = [
     ["prototypes", "optim", "head", "centering"],
     ["_chunked", "cross_entropy", "report"],
     ["", "compat", "compat._sinkhorn", "compat._temperature", "compat.convert"],
-    ["compat._teacher", "compat._attached"],
+    ["compat._attached"],
     ["compat.dino", "compat.dinov2", "compat.dinov3", "compat.msn"],
     ["compat.ibot.head", "compat.ibot.tokens", "compat.ibot.loss", "compat.ibot"],
     ["compat.lightly.heads", "compat.lightly.dino_loss", "compat.lightly.patch_losses", "compat.lightly"],

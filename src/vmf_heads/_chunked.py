@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from . import _memory
 from ._compiled import is_plain_eager
 from ._matmul import average, mm_float32
-from ._memory import rows_per_block
 from .prototypes import HeadOutput
 
 Wanted = tuple[bool, bool, bool, bool]  # of the gradients of features, directions, scales and bias
@@ -138,7 +138,7 @@ class WeightNormed:
         if self.factor is None:
             return dw, None
         along = torch.empty_like(self.factor)
-        rows = rows_per_block(dw.shape[1])
+        rows = max(1, _memory.CACHE_BYTES // (4 * dw.shape[1]))  # of several passes that find them in a cache
         blocks = (x.split(rows) for x in (dw, self.v, self.factor, self._length, along))
         for gradient, v, factor, length, result in zip(*blocks, strict=True):
             torch.div(torch.linalg.vecdot(gradient, v), length, out=result)

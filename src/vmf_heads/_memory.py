@@ -14,8 +14,3 @@ CACHE_BYTES = 4 * 2**20
 def rows_per_chunk(columns: int, device: torch.device, buffers: int = 1) -> int:
     """How many rows (at least 1) of float32 fit into a chunk, if `buffers` tensors hold such rows at once."""
     return max(1, CHUNK_BYTES.get(device.type, 2**25) // (4 * columns * buffers))
-
-
-def rows_per_block(columns: int) -> int:
-    """How many rows (at least 1) of float32 fit into a block that several elementwise passes work on in a cache."""
-    return max(1, CACHE_BYTES // (4 * columns))

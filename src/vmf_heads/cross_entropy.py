@@ -103,7 +103,8 @@ def prototype_cross_entropy(
     total, dim = student.directions.shape
     if batch_chunk_size is None:
         batch_chunk_size = rows_per_chunk(total, student.features.device)
-    at_least("batch_chunk_size", batch_chunk_size, 1)
+    else:
+        at_least("batch_chunk_size", batch_chunk_size, 1)
 
     student = HeadOutput(*(None if x is None else x.to(dtype) for x in student))  # type: ignore[arg-type]
     teacher = HeadOutput(*(None if x is None else x.detach().to(dtype) for x in teacher))  # type: ignore[arg-type]
@@ -114,6 +115,9 @@ def prototype_cross_entropy(
         temperatures = norms.new_tensor([[student_temperature], [teacher_temperature]])
         bias, log_normalizer = prototype_log_normalizer(norms, dim, temperatures)
         log_normalizer = log_normalizer.detach()
+    inputs = (*student, bias)
+    # Read here: inside an autograd.Function grad mode is always off.
+    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     averages_log_c = center_on == "responsibilities"
     distillation = Distillation(
         teacher=teacher,
@@ -126,9 +130,6 @@ def prototype_cross_entropy(
         chunk_rows=batch_chunk_size,
         product_dtype=autocast_dtype(student.features.device),
     )
-    inputs = (*student, bias)
-    # Read here: inside an autograd.Function grad mode is always off.
-    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     with without_autocast(student.features.device):
         loss, log_sum = ChunkedCrossEntropy.apply(*inputs, distillation, wanted)
     return loss, log_sum, len(teacher.features)

@@ -46,7 +46,8 @@ class HeadOutput(NamedTuple):
     @property
     def norms(self) -> Tensor:
         """||w_k|| (K,), in float32 or more; kappa_k is this over the temperature."""
-        return norms_of(self)
+        scales = None if self.scales is None else at_least_float32(self.scales)
+        return norms_of(HeadOutput(self.features, at_least_float32(self.directions), scales))
 
     def scores(self, *, exact: bool = False) -> Tensor:
         """<w_k, y> (..., K) in float32, rounded under CUDA autocast as in the head unless `exact`."""
@@ -63,10 +64,13 @@ class HeadOutput(NamedTuple):
 
 
 def norms_of(output: HeadOutput) -> Tensor:
-    """`output.norms`, for code that torch.compile may trace: torch 2.8 cannot trace a property of a named tuple."""
+    """||w_k|| (K,) of prototypes in float32 or float64.
+
+    This is a function because torch 2.8 cannot trace a property of a named tuple.
+    """
     if output.scales is None:
-        return torch.linalg.vector_norm(at_least_float32(output.directions), dim=1)
-    return at_least_float32(output.scales).abs()
+        return torch.linalg.vector_norm(output.directions, dim=1)
+    return output.scales.abs()
 
 
 class Prototypes(nn.Module):

@@ -26,8 +26,7 @@ from ..centering import make_centering
 from ..cross_entropy import dino_pairs
 from ..head import VMFPrototypeHead
 from ..prototypes import HeadOutput
-from ._attached import AttachedLoss
-from ._teacher import TeacherSide, features_of, with_prototypes
+from ._attached import AttachedLoss, TeacherSide, features_of, with_prototypes
 from ._temperature import temperature_at, temperature_schedule
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from ..._checks import at_least
 from ..._matmul import at_least_float32
 from ...centering import Centering, make_centering
 from ...cross_entropy import dino_pairs
-from .._attached import AttachedLoss
-from .._teacher import TeacherSide, features_of, with_prototypes
+from .._attached import AttachedLoss, TeacherSide, features_of, with_prototypes
 from .._temperature import temperature_at, temperature_schedule
 from .head import iBOTHead
 from .tokens import Output, Tokens, check_shapes
