@@ -66,6 +66,10 @@ def test_every_cell_trains_and_only_free_norms_move(folder: Path, options: dict)
     assert len(trained.losses) == TINY.steps
     assert sum(found["knn_by_fifth"]) / 5 == pytest.approx(found["knn"])
     assert (found["kappa_min"] < found["kappa_max"]) is (options["normalization"] != "l2")
+    assert len(found["used_over_time"]) == TINY.steps
+    assert all(1 / 12 <= share <= 1 for share in found["used_over_time"])
+    for unique, largest in zip(found["unique"], found["largest_set"], strict=True):
+        assert 1 / 12 <= largest <= 1 + 1 / 12 - unique + 1e-9, "those outside the largest set, and one of it, at most"
     assert trained.teacher.head.normalizer == ("vmf" if options["normalization"] == "vmf" else "none")
 
 

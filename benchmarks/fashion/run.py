@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.fashion.data import Images, load
-from benchmarks.fashion.evaluate import evaluate, features, nearest_neighbours
+from benchmarks.fashion.evaluate import COSINES, evaluate, features, nearest_neighbours
 from benchmarks.fashion.train import Settings, train
 
 ARMS = {
@@ -70,7 +70,7 @@ def fashion(
         "raw_pixels_knn": _raw_pixels(bank, images[split]),
         "untrained_knn": [_untrained(bank, images[split], seed) for seed in seeds],
     }
-    print(results.write("fashion_table", "cpu", rows, bank=BANK, **references))
+    print(results.write("fashion_table", "cpu", rows, bank=BANK, cosines=COSINES, **references))
 
 
 def _untrained(bank: Images, queries: Images, seed: int) -> float:

@@ -12,6 +12,9 @@ from benchmarks.fashion.data import Images, random_crops
 from vmf_heads.compat.dino import DINOHead, DINOLoss
 from vmf_heads.optim import separate_norms
 
+PERIODS = 20
+"""Use of the prototypes is counted over so many equal parts of a training."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -63,12 +66,14 @@ class Network(nn.Module):
 
 @dataclass
 class Trained:
-    """The networks and the loss after training, and the loss of every step."""
+    """The networks and the loss after training, the loss of every step, and in every period of the training the share
+    of the prototypes that were the largest target of some crop."""
 
     teacher: Network
     student: Network
     loss: DINOLoss
     losses: list[float] = field(default_factory=list)
+    used_over_time: list[float] = field(default_factory=list)
 
 
 def train(settings: Settings, images: Images, seed: int) -> Trained:
@@ -91,6 +96,8 @@ def train(settings: Settings, images: Images, seed: int) -> Trained:
     loss_fn.attach(student, teacher)
     trained = Trained(teacher, student, loss_fn)
     optimizer = torch.optim.AdamW(_groups(student, settings))
+    won = torch.zeros(settings.prototypes, dtype=torch.bool)
+    period = math.ceil(settings.steps / PERIODS)
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = _lr(step, settings) * group.get("lr_multiplier", 1.0)
@@ -100,6 +107,7 @@ def train(settings: Settings, images: Images, seed: int) -> Trained:
         )
         with torch.no_grad():
             teacher_output = teacher(crops)
+            won[loss_fn.targets(teacher_output, 0).argmax(1)] = True
         loss = loss_fn(student(crops), teacher_output, 0)
         optimizer.zero_grad()
         loss.backward()
@@ -109,6 +117,9 @@ def train(settings: Settings, images: Images, seed: int) -> Trained:
             for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
                 ours.lerp_(theirs, 1 - settings.teacher_momentum)
         trained.losses.append(loss.item())
+        if (step + 1) % period == 0:
+            trained.used_over_time.append(float(won.float().mean()))
+            won.zero_()
     return trained
 
 
