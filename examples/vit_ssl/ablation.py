@@ -33,7 +33,7 @@ CENTRES = {
     "probability": {"centering": "probability", "center_on": "responsibilities"},
     "scores": {"centering": "probability", "center_on": "scores"},
 }
-"""What the centre averages: logits (Eq. 8), responsibilities, or the softmax of the scores (Eq. 9 as it is printed)."""
+"""The centre averages logits (Eq. 8), responsibilities, or the softmax of the scores (Eq. 9 as it is printed)."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Ablation:
     output: Path
     """Directory of the runs."""
     seeds: tuple[int, ...] = (0, 42)
-    """At least two, fixed before looking at any result; the paper's are 0 and 42."""
+    """At least two seeds, fixed before any result is looked at; the paper's are 0 and 42."""
     data: Path | None = None
-    """For recipes with `dataset: folder`, `hub` or `stream`."""
+    """The images, for recipes with `dataset: folder`, `hub` or `stream`."""
     split: Literal["val", "test"] = "val"
     """The split whose kNN accuracy is compared; k is chosen on val."""
     lanes: int = 2
