@@ -25,15 +25,18 @@ def test_every_cell_and_seed_is_pretrained_and_evaluated_once(tmp_path, capsys):
     for command in commands:
         given = command[command.index("--set") + 1 :]
         cell = parse_overrides(Options("x", tmp_path, overrides=tuple(given)))
-        cells.add((cell["normalization"], cell["centering"], command[command.index("--seed") + 1]))
-    assert len(commands) == len(cells) == 12
-    assert {seed for _, _, seed in cells} == {"3", "5"}
+        cells.add(
+            (cell["normalization"], cell["centering"], cell.get("center_on"), command[command.index("--seed") + 1])
+        )
+    assert len(commands) == len(cells) == 14
+    assert {cell[-1] for cell in cells} == {"3", "5"}
+    assert {cell[:2] for cell in cells if cell[2] == "scores"} == {("vmf", "probability")}
     assert not any(tmp_path.iterdir())  # nothing was run
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
     options = Ablation("photos_dino_vmf", tmp_path)
-    assert len(options.jobs()) == 24
+    assert len(options.jobs()) == 28
     run = options.directory("l2", "logit", 42)
     write_result(run, 0.5, split="test")
     (run / "checkpoint.pt").touch()
@@ -41,7 +44,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert "--resume" in job.command
     (run / "backbone").mkdir()
     write_result(run, 0.5)
-    assert len(options.jobs()) == 22
+    assert len(options.jobs()) == 26
 
 
 def test_the_jobs_of_a_cell_stay_in_one_lane_and_in_order(tmp_path):
@@ -59,9 +62,9 @@ def test_the_table_has_every_seed_mean_and_spread(tmp_path):
     write_result(options.directory("none", "logit", 0), 0.7043)
     write_result(options.directory("none", "logit", 42), 0.1, features="random")
     none, l2, vmf = table(options).splitlines()[2:]
-    assert vmf == "| vMF | – – | 71.12 70.62 (mean 70.87, sd 0.35) |"
-    assert none == "| None | 70.43 – | – – |"
-    assert l2 == "| L2 | – – | – – |"
+    assert vmf == "| vMF | – – | 71.12 70.62 (mean 70.87, sd 0.35) | – – |"
+    assert none == "| None | 70.43 – | – – |  |"
+    assert l2 == "| L2 | – – | – – |  |"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_two_cells_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(ablation, "NORMALIZATIONS", {"vmf": "vMF"})
-    monkeypatch.setattr(ablation, "CENTERINGS", ("probability",))
+    monkeypatch.setattr(ablation, "CENTRES", {"probability": {"centering": "probability"}})
     main(Ablation(str(recipe), tmp_path / "runs", max_steps=2))
     (line,) = capsys.readouterr().out.splitlines()[2:]
     assert "mean" in line
