@@ -5,9 +5,9 @@ The paper has six. Eq. 9 can be read in two ways, which differ where there is a 
     python examples/vit_ssl/ablation.py --recipe photos_dino_vmf --split test --output runs/ablation
     python examples/vit_ssl/ablation.py --recipe imagenet_vits16_dino_vmf --data IMAGENET --output RUNS --dry-run
 
-pretrains what is missing, evaluates kNN, and prints one table with every seed, mean and spread. `--dry-run` prints the
-commands instead, for a cluster; once their runs are in the output directory, the same command prints the table.
-Interrupted, it goes on where it stopped.
+pretrains what is missing, evaluates kNN and the prototypes, and prints one table with every seed, mean and spread.
+`--dry-run` prints the commands instead, for a cluster; once their runs are in the output directory, the same command
+prints the table. Interrupted, it goes on where it stopped. `figures.py` draws the runs.
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ class Ablation:
             command += ["--set", f"normalization={normalization}"]
             command += [f"{field}={value}" for field, value in CENTRES[centre].items()]
             todo.append(Job(f"{title}, pretraining", command, log))
-        if accuracy(run, self.split) is None:
-            command = [sys.executable, str(SCRIPTS / "evaluate.py"), "knn", "--checkpoint", str(run), *data]
-            todo.append(Job(f"{title}, kNN", [*command, "--split", self.split], log))
+        left = {"knn": accuracy(run, self.split) is None, "prototypes": not has_prototypes(run, self.split)}
+        for protocol in [protocol for protocol, is_left in left.items() if is_left]:
+            command = [sys.executable, str(SCRIPTS / "evaluate.py"), protocol, "--checkpoint", str(run), *data]
+            todo.append(Job(f"{title}, {protocol}", [*command, "--split", self.split], log))
         return todo
 
 
@@ -142,6 +143,14 @@ def accuracy(run: Path, split: str) -> float | None:
         row["value"] for row in rows if (row["protocol"], row["features"], row["split"]) == ("knn", "teacher", split)
     ]
     return found[-1] if found else None
+
+
+def has_prototypes(run: Path, split: str) -> bool:
+    """Return whether the teacher's prototypes have been counted, and kNN on this split divided by their kappa."""
+    path = run / "results.jsonl"
+    rows = [row for row in read_rows(path) if row["protocol"] == "prototypes"] if path.exists() else []
+    by_kappa = [row["split"] for row in rows if row["metric"].startswith("top1@")]  # none where all kappa are equal
+    return bool(rows) and (not by_kappa or split in by_kappa)
 
 
 def table(ablation: Ablation) -> str:

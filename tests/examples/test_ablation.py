@@ -10,9 +10,9 @@ from ablation import Ablation, in_lanes, main, table
 from pretrain import Options, parse_overrides
 
 
-def write_result(run, value, split="val", features="teacher"):
+def write_result(run, value, split="val", features="teacher", protocol="knn", metric="top1"):
     run.mkdir(parents=True, exist_ok=True)
-    row = {"protocol": "knn", "features": features, "split": split, "metric": "top1", "value": value}
+    row = {"protocol": protocol, "features": features, "split": split, "metric": metric, "value": value}
     with (run / "results.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -36,7 +36,7 @@ def test_every_cell_and_seed_is_pretrained_and_evaluated_once(tmp_path, capsys):
 
 def test_what_is_done_is_not_done_again(tmp_path):
     options = Ablation("photos_dino_vmf", tmp_path)
-    assert len(options.jobs()) == 28
+    assert len(options.jobs()) == 42
     run = options.directory("l2", "logit", 42)
     write_result(run, 0.5, split="test")
     (run / "checkpoint.pt").touch()
@@ -44,7 +44,13 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert "--resume" in job.command
     (run / "backbone").mkdir()
     write_result(run, 0.5)
-    assert len(options.jobs()) == 26
+    assert len(options.jobs()) == 40
+    write_result(run, 7, split="train", protocol="prototypes", metric="used_logits")
+    assert len(options.jobs()) == 39  # nothing of this run: its kappa are equal, so kNN cannot be divided by them
+    write_result(run, 0.5, split="test", protocol="prototypes", metric="top1@kappa_0-20")
+    assert len(options.jobs()) == 40
+    write_result(run, 0.5, protocol="prototypes", metric="top1@kappa_0-20")
+    assert len(options.jobs()) == 39
 
 
 def test_the_jobs_of_a_cell_stay_in_one_lane_and_in_order(tmp_path):
@@ -52,7 +58,7 @@ def test_the_jobs_of_a_cell_stay_in_one_lane_and_in_order(tmp_path):
     lanes = in_lanes(jobs, 5)
     assert sorted(job.title for lane in lanes.values() for job in lane) == sorted(job.title for job in jobs)
     for lane in lanes.values():
-        assert [job.title.split(", ")[1] for job in lane] == ["pretraining", "kNN"] * (len(lane) // 2)
+        assert [job.title.split(", ")[1] for job in lane] == ["pretraining", "knn", "prototypes"] * (len(lane) // 3)
 
 
 def test_the_table_has_every_seed_mean_and_spread(tmp_path):
