@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from runtime.failure import Failure
+
 SHARE = 0.01
 """Of ln K: what counts as nothing."""
 FEWEST_IMAGES = 8
 """Among which the targets of fewer images may be alike by chance."""
 
 
-class TrainingCollapsed(RuntimeError):
+class TrainingCollapsed(Failure):
     """The run was stopped because its targets have collapsed; the message says how and what helps."""
 
 
