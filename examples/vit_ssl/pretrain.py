@@ -24,7 +24,9 @@ import tyro
 from transformers.utils import logging as transformers_logging
 
 from config.recipe import Recipe, load_recipe, parse_overrides
+from data.inventory import images_of_the_run, keep_inventory
 from data.loading import load_steps, micro_batch_size, training_images
+from data.unreadable import print_unreadable
 from methods.method import Batch, Method, Statistics
 from methods.registry import build_method
 from runtime.distributed import device, is_main, process_group, world_size
@@ -102,8 +104,10 @@ def train(recipe: Recipe, options: Options) -> None:
 
     # -------------------------------------------------------------------------------------------------- Images
     images = training_images(recipe, options.data, options.images_per_epoch)
+    if state is not None:
+        images = images_of_the_run(images, options.output)
     images_at_once = micro_batch_size(recipe, options.accumulate)
-    num_workers = recipe.num_workers if options.num_workers is None else options.num_workers
+    workers = recipe.num_workers if options.num_workers is None else options.num_workers
     steps_per_epoch = len(images) // recipe.batch_size
     last_step = min(recipe.epochs * steps_per_epoch, options.max_steps or sys.maxsize)
 
@@ -140,6 +144,7 @@ def train(recipe: Recipe, options: Options) -> None:
         tensorboard=options.tensorboard,
     )
     session.begin(method, optimizer, state)
+    keep_inventory(images, options.output)
     del state
     if is_main():
         processes = f", {world_size()} processes, {options.strategy}" if world_size() > 1 else ""
@@ -153,7 +158,7 @@ def train(recipe: Recipe, options: Options) -> None:
             end = min(steps_per_epoch, last_step - epoch * steps_per_epoch)
             session.start_clock(epoch)
             for micro_batches in load_steps(
-                images, recipe, epoch, first, end, accumulate=options.accumulate, num_workers=num_workers
+                images, recipe, epoch, first, end, options.output, accumulate=options.accumulate, num_workers=workers
             ):
                 now = schedules.at(session.step)
                 seed_step(recipe.seed, session.step)
@@ -173,6 +178,7 @@ def train(recipe: Recipe, options: Options) -> None:
                 session.leave()
     if is_main():
         print(f"{recipe.name}: {session.step} steps done")
+        print_unreadable(options.output)
 
 
 def train_step(

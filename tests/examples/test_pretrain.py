@@ -280,7 +280,7 @@ def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
         Image.new("RGB", (20, 20), (index, 0, 0)).save(tmp_path / "data" / "one" / f"{index}.png")
     run(tmp_path / "run", "dataset=folder", data=tmp_path / "data", max_steps=1)
     (tmp_path / "data" / "one" / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"`data` holds 39 images, but the run in .* began with 40"):
+    with pytest.raises(ValueError, match=r"`data` has changed .* began with 40 images: 1 gone \(one/0.png\)"):
         run(tmp_path / "run", "dataset=folder", data=tmp_path / "data", resume=True)
 
 

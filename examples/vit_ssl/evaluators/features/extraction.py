@@ -63,6 +63,8 @@ def features_of(extraction: Extraction) -> FeaturesOf:
         if kind not in KINDS:
             raise ValueError(f"`kind` (={kind!r}) must be one of {', '.join(KINDS)}")
         images = load_images(extraction.dataset, split, data=extraction.data)
+        if is_main() and images.notes:
+            print("\n  ".join([f"{images.split} images of {extraction.data}:", *images.notes]), file=sys.stderr)
         keep = 1.0 if extraction.dataset in LIBRARY_SETS else 224 / 256
         encoder = extraction.encoder
 
@@ -86,7 +88,7 @@ def features_of(extraction: Extraction) -> FeaturesOf:
             settings = {"kind": kind, "size": extraction.image_size, "keep": keep, "half": extraction.half}
             key = feature_cache.fingerprint(model, images, settings | {"data": str(extraction.data)})
             folder = extraction.cache / f"{split}-{kind}-{key}"
-            if not on_main(folder.is_dir):
+            if not on_main(lambda: feature_cache.is_whole(folder)):
                 _store(folder, chunks(), images)
             found, errors = feature_cache.load(folder)
         report_unreadable(images, errors)
