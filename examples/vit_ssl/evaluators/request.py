@@ -57,6 +57,8 @@ class Request:
     heads: int | None = None
     """Attention heads of the network in a .pth file, where it is no ViT-Ti, S, B, L or H."""
     extract: ExtractOptions = dataclasses.field(default_factory=ExtractOptions)
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 def open_evaluation(request: Request) -> Evaluation:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from runtime.failure import Failure
+
 SHARE = 0.01
 """An entropy below this share of ln K counts as none."""
 FEWEST_IMAGES = 8
 """With fewer images, targets may be alike by chance; then only uniform ones are looked for."""
 
 
-class TrainingCollapsed(RuntimeError):
+class TrainingCollapsed(Failure):
     """The run was stopped because its targets have collapsed; the message says how and what helps."""
 
 
