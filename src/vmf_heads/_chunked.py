@@ -63,25 +63,41 @@ class ChunkedCrossEntropy(Function):
         teacher = WeightNormed(d.teacher.directions, d.teacher.scales, d.product_dtype)
         loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, b, d, teacher, total).sum()
         dv, dscales = (None, None) if total.dw is None else w.gradients_(total.dw, wanted[1:3])
-        ctx.save_for_backward(total.dy, dv, dscales, total.db)
+        # With what backward passes have multiplied the gradients by so far.
+        ctx.save_for_backward(total.dy, dv, dscales, total.db, torch.ones_like(loss))
         ctx.mark_non_differentiable(total.log_sum)
         return loss, total.log_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        unscaled = _is_known_to_be_one(grad)  # spares a second (K, p) gradient
-        return *(g if g is None or unscaled else g * grad for g in ctx.saved_tensors), None, None
+        *gradients, scale = ctx.saved_tensors
+        if getattr(ctx, "are_handed_out", False) or not is_plain_eager(grad) or _is_batched(grad):
+            factor = grad / scale
+            return *(g if g is None else g * factor for g in gradients), None, None
+        # The first pass, and with retain_graph=False the only one, gives away what the forward pass made, so that there
+        # is never a second (K, p) tensor. Whoever gets it may write to it: then a later pass raises.
+        ctx.are_handed_out = True
+        if not _is_known_to_be_one(grad):
+            for g in gradients:
+                if g is not None:
+                    g.data.mul_(grad)  # `data`: not one of the changes that make a later pass raise
+            scale.data.copy_(grad)
+        return *gradients, None, None
 
 
 def _is_known_to_be_one(grad: Tensor) -> bool:
-    """Whether the scalar `grad` is 1, where the question is free: not on a GPU, not under a transform."""
-    if grad.device.type != "cpu" or not is_plain_eager(grad):
-        return False
+    """Whether the scalar `grad` is 1, where the question is free: not on a GPU, whose host would have to wait."""
+    return grad.device.type == "cpu" and grad.item() == 1
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether `grad` stands for several, as under torch.autograd.grad(is_grads_batched=True)."""
     try:
-        return grad.item() == 1
-    except RuntimeError:  # gradients batched by torch.autograd.grad(is_grads_batched=True) have no value to tell
-        return False
+        grad.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False
 
 
 class _Accumulator:
