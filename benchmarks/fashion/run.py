@@ -26,7 +26,7 @@ ARMS = {
 """Without log C_p both readings of Eq. 9 are the same centre."""
 
 BANK = 10_000
-"""Images with which the queries are compared: the first so many of the training split."""
+"""The queries are compared with the first 10 000 images of the training split."""
 
 
 def fashion(

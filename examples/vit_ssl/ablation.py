@@ -12,6 +12,8 @@ prints the table. Interrupted, it goes on where it stopped. `figures.py` draws t
 
 from __future__ import annotations
 
+from runtime.ending import sound_ending
+
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,7 +26,8 @@ import tyro
 
 from config.recipe import load_recipe
 from reporting.demo_table import read_rows
-from runtime.lanes import Job, JobFailed, run_lanes
+from runtime.lanes import Job, run_lanes
+from storage.lock import locked
 
 SCRIPTS = Path(__file__).parent
 NORMALIZATIONS = {"none": "None", "l2": "L2", "vmf": "vMF"}
@@ -33,7 +36,7 @@ CENTRES = {
     "probability": {"centering": "probability", "center_on": "responsibilities"},
     "scores": {"centering": "probability", "center_on": "scores"},
 }
-"""What the centre averages: logits (Eq. 8), responsibilities, or the softmax of the scores (Eq. 9 as it is printed)."""
+"""The centre averages logits (Eq. 8), responsibilities, or the softmax of the scores (Eq. 9 as it is printed)."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ class Ablation:
     output: Path
     """Directory of the runs."""
     seeds: tuple[int, ...] = (0, 42)
-    """At least two, fixed before looking at any result; the paper's are 0 and 42."""
+    """At least two seeds, fixed before any result is looked at; the paper's are 0 and 42."""
     data: Path | None = None
-    """For recipes with `dataset: folder`, `hub` or `stream`."""
+    """The images, for recipes with `dataset: folder`, `hub` or `stream`."""
     split: Literal["val", "test"] = "val"
     """The split whose kNN accuracy is compared; k is chosen on val."""
     lanes: int = 2
@@ -56,6 +59,8 @@ class Ablation:
     """Stop each pretraining after this many steps, to try the whole path in less time."""
     dry_run: bool = False
     """Print the commands that are left to do, and run nothing."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < 2:
@@ -119,10 +124,8 @@ def main(ablation: Ablation) -> None:
     if ablation.dry_run:
         print("\n".join(shlex.join(job.command) for job in jobs))
     else:
-        try:
+        with locked(ablation.output):
             run_lanes(in_lanes(jobs, ablation.lanes))
-        except JobFailed as error:
-            sys.exit(str(error))
     print(table(ablation))
 
 
@@ -177,4 +180,5 @@ def table(ablation: Ablation) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Ablation, config=(tyro.conf.FlagCreatePairsOff,)))
+    with sound_ending():
+        main(tyro.cli(Ablation, config=(tyro.conf.FlagCreatePairsOff,)))

@@ -7,7 +7,7 @@ import pytest
 
 import ablation
 from ablation import Ablation, in_lanes, main, table
-from pretrain import Options, parse_overrides
+from config.recipe import parse_overrides
 
 
 def write_result(run, value, split="val", features="teacher", protocol="knn", metric="top1"):
@@ -24,7 +24,7 @@ def test_every_cell_and_seed_is_pretrained_and_evaluated_once(tmp_path, capsys):
     cells = set()
     for command in commands:
         given = command[command.index("--set") + 1 :]
-        cell = parse_overrides(Options("x", tmp_path, overrides=tuple(given)))
+        cell = parse_overrides(given)
         cells.add(
             (cell["normalization"], cell["centering"], cell.get("center_on"), command[command.index("--seed") + 1])
         )

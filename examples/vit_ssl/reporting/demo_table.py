@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from storage.json_lines import Row, read_rows
 
 # Row of the table: (run whose directory holds its evaluations, what was evaluated).
 MODELS = {
@@ -29,18 +30,10 @@ COLUMNS = (*USE, "κ 5–95 %", *ACCURACIES, "seconds")
 STANDARD_ERRORS = 3.0
 """A difference smaller than this many standard errors is not called one."""
 
-Row = dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 def is_evaluated(directory: Path, features: str) -> bool:
     """Return whether `evaluate.py all` has written everything that a table takes from these features of a run."""
-    path = directory / "results.jsonl"
-    found = {row["protocol"] for row in read_rows(path) if row["features"] == features} if path.exists() else set()
+    found = {row["protocol"] for row in read_rows(directory / "results.jsonl") if row["features"] == features}
     needed = {protocol for protocol, _ in ACCURACIES.values()}
     return found >= needed | ({"prototypes"} if features == "teacher" else set())  # others have none to count
 
