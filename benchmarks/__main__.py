@@ -14,6 +14,7 @@ from benchmarks.fashion import fashion, fashion_stability
 from benchmarks.loss import loss
 from benchmarks.mixture import mixture
 from benchmarks.normalizer import normalizer
+from benchmarks.photos import photos
 from benchmarks.step import step
 
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
     "mixture": mixture,
     "fashion": fashion,
     "fashion-stability": fashion_stability,
+    "photos": photos,
     "evidence": evidence,
 }
 

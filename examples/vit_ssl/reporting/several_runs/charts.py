@@ -28,7 +28,7 @@ def figure_2(accuracies: Series, ranges: Sequence[str]) -> str:
         figure, axis = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
         _lines(axis, np.arange(len(ranges)), {label: 100 * values for label, values in accuracies.items()}, apart=0.06)
         axis.set_xticks(range(len(ranges)), ranges)
-        axis.set(xlabel="percentiles of κ of the component that an image belongs to", ylabel="kNN, per cent")
+        axis.set(xlabel="images, divided by the κ of the component they belong to", ylabel="kNN, per cent")
         return _finish(figure, [axis])
 
 
@@ -39,7 +39,7 @@ def duplicates(cosines: Sequence[float], unique: Series, largest_set: Series) ->
         figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
         for axis, (title, series) in zip(axes, panels.items(), strict=True):
             _lines(axis, np.asarray(cosines), {label: 100 * values for label, values in series.items()})
-            axis.set(title=title, xlabel="cosine above which prototypes are duplicates", ylim=(0, 104))
+            axis.set(title=title, xlabel="cosine above which prototypes are duplicates", ylim=(0, None))
         axes[0].set_ylabel("per cent of the prototypes")
         return _finish(figure, list(axes))
 
