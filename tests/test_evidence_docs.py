@@ -49,7 +49,6 @@ def test_the_pictures_are_drawn_from_result_files(tmp_path, monkeypatch) -> None
         for arm in figures.COLOURS
         for seed in (0, 1)
     ]
-    more = {"unique": [0.4, 0.9], "largest_set": [0.2, 0.1], "used_over_time": [0.3, 0.5, 0.6]}
     whole = [row | {"unique": [0.4, 0.9], "largest_set": [0.2, 0.1], "used_over_time": [0.3, 0.6]} for row in rows]
     found = {"mixture_readings": rows, "fashion_table": rows}
 
