@@ -50,7 +50,7 @@ def over_time(panels: Mapping[str, Series], *, time: str, ends: Sequence[float] 
     `time` is what the x axis says, `ends` where the parts end on it; by default 1, 2, ...
     """
     with plt.rc_context(charts.style(dark=False)):
-        size = (1.2 + 4.0 * len(panels), 3.4)
+        size = (2.0 + 4.0 * len(panels), 3.4)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
         for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
             parts = max(values.shape[1] for values in series.values())
@@ -86,5 +86,6 @@ def _lines(axis: Axes, x: np.ndarray, series: Series, *, apart: float = 0.0, mar
 
 def _finish(figure: Figure, axes: list[Axes]) -> str:
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    columns = 4 if figure.get_figwidth() > 8 else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
     return charts.to_svg(figure)
