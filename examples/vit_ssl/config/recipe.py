@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import yaml
 
 from config.methods import IBOTSettings, MSNSettings
 from config.settings import Ranges, check_fields, check_ranges, flat, is_share, plain, read_settings
+from storage.whole_file import whole_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -162,6 +163,20 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     return recipe_from_dict(settings, source=path.name)
 
 
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """Return the fields and values of items like "lr=1e-3" or "msn.patch_drop=0.5", for `load_recipe`.
+
+    Raises ValueError for an item of another form.
+    """
+    overrides = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"`--set` (={item!r}) must be FIELD=VALUE")
+        overrides[name] = yaml.safe_load(value)
+    return overrides
+
+
 def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Return the recipe with these settings; every field must be there, with a value of the field's type."""
     return read_settings(Recipe, settings, source)
@@ -169,7 +184,8 @@ def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Rec
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write every setting; `load_recipe(path)` gives the same recipe."""
-    path.write_text(yaml.safe_dump(plain(recipe), sort_keys=False))
+    with whole_file(path) as file:
+        file.write(yaml.safe_dump(plain(recipe), sort_keys=False).encode())
 
 
 def differences(requested: Recipe, saved: Recipe) -> list[str]:
