@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
 from benchmarks.augment import augment
 from benchmarks.evidence import evidence
 from benchmarks.fashion import fashion, fashion_stability
+from benchmarks.faults import faults
 from benchmarks.loss import loss
 from benchmarks.mixture import mixture
 from benchmarks.normalizer import normalizer
@@ -27,6 +28,7 @@ COMMANDS = {
     "fashion-stability": fashion_stability,
     "photos": photos,
     "evidence": evidence,
+    "faults": faults,
 }
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_a_file_that_was_cut_off_is_damaged(tmp_path: Path) -> None:
         (b"Not Found\n", r"text \('Not Found'\)"),
         ("é".encode() * 300, r"text \('é+'\)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
-        (pickle.dumps({"weights": [1, 2, 3]}), "a pickle, which could run code and is not opened"),
+        (pickle.dumps({"weights": [1, 2, 3]}), "a pickle, whose unpickling can run code and which is not opened"),
         (bytes(range(130, 255)) * 9, "something else"),
     ],
 )
