@@ -75,6 +75,8 @@ def test_runs_that_were_not_evaluated_are_named(runs):
     write_run(runs, "vmf-scores", 0, 0.7)
     (runs / "vmf-scores-seed0" / "results.jsonl").unlink()
     assert read_runs(runs, "test")[1] == ["vmf-scores-seed0"]
+    with pytest.raises(FileNotFoundError, match=r"`runs` \(='.*/none'\) must be a directory of runs NAME-seedN"):
+        figures.main(runs / "none")
     with pytest.raises(FileNotFoundError, match=r"`runs` .* must hold evaluated runs .* 8 runs .* kNN on train"):
         read_runs(runs, "train")
 
