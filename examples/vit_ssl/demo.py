@@ -25,6 +25,7 @@ import tyro
 
 from config.recipe import Recipe, load_recipe
 from data.images import load_images
+from reporting.demo.story import story
 from reporting.demo_table import (
     MODELS,
     RUNS,
@@ -160,7 +161,7 @@ def collect(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> 
 
 def draw(output: Path, results: dict[str, Any]) -> None:
     """Write OUTPUT/report.html."""
-    from reporting.demo_report import write_report  # imported here because transformers takes seconds to import
+    from reporting.demo.report import write_report  # imported here because transformers takes seconds to import
 
     print("Drawing the report", flush=True)
     with (output / "log.txt").open("w") as log, contextlib.redirect_stderr(log):  # progress bars of a second or two
@@ -185,7 +186,8 @@ def announce(output: Path) -> None:
     print(
         "\nPer cent on the test split; ±: standard error over images, for 1- and 5-shot deviation over training sets."
     )
-    print("\n".join(sentence(comparison) for comparison in results["knn_comparisons"]))
+    said = story(results)
+    print("\n".join([said["use"], said["kappa"], *map(sentence, results["knn_comparisons"])]))
     print(f"\n{results['seconds']:.0f} s in all. Report: {output / 'report.html'}; numbers: {output / 'results.json'}")
 
 

@@ -52,9 +52,9 @@ class Options:
     data: Path | None = None
     """Folder of images or name of a hub set, for recipes with `dataset` folder, hub or stream."""
     images_per_epoch: int | None = None
-    """Of a stream that does not say how many images it has."""
+    """Number of images in a stream that does not say it."""
     seed: int | None = None
-    """Instead of the recipe's."""
+    """Seed in place of the recipe's."""
     max_steps: int | None = None
     """Stop after this many steps of the run, with the schedules of the whole run."""
     resume: bool = False

@@ -12,7 +12,7 @@ from PIL import Image
 from data.files import open_rgb
 
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
-"""What the hub's sets call our splits."""
+"""The sets of the hub call our splits by these names."""
 
 
 class HubImages(Sequence[Image.Image]):

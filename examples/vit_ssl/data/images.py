@@ -20,7 +20,7 @@ NAMES = ("photos", "digits", "folder", "hub")
 SPLITS = ("train", "val", "test")
 
 CELL = 32
-"""Side of a photograph's cells in pixels; also the width of the unused margin between its regions."""
+"""A photograph is cut into cells of this side in pixels; the unused margin between its regions is as wide."""
 
 # Of the images in the wheel these are photographs with enough texture to tell them apart. What is left out are
 # drawings, synthetic and reconstructed images, silhouettes, text, faces of 25 px, and `motorcycle_right`, which shows

@@ -45,11 +45,11 @@ class Request:
     features: Weights = "teacher"
     """The checkpoint's weights, random ones (for a run: those before its first step), or raw pixels."""
     split: Literal["val", "test"] = "val"
-    """What is reported; settings (k, C, learning rates) are chosen on val in either case."""
+    """The split whose results are reported; settings (k, C, learning rates) are chosen on val in either case."""
     data: Path | None = None
     """Folder of images in place of the run's own data set; retrieval and video take folders of their own kind."""
     dataset: Literal["photos", "digits", "folder", "hub"] | None = None
-    """By default the run's own; with --data folder, or hub for a run on images of the hub."""
+    """Kind of data set: by default the run's own; with --data folder, or hub for a run on images of the hub."""
     output: Path | None = None
     """Folder of results.jsonl and whatever else protocols write; by default the run's directory."""
     key: str = "teacher"

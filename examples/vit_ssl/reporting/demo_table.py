@@ -25,7 +25,8 @@ ACCURACIES = {
     "5-shot": ("fewshot", "5-shot"),
     "linear": ("linear", "top1"),
 }
-COLUMNS = (*ACCURACIES, "used by scores", "used by targets", "seconds")
+USE = {"used by logits": "used_logits", "used by targets": "used_targets"}
+COLUMNS = (*USE, "κ 5–95 %", *ACCURACIES, "seconds")
 STANDARD_ERRORS = 3.0
 """A difference smaller than this many standard errors is not called one."""
 
@@ -41,22 +42,24 @@ def make_table(output: Path) -> list[Row]:
     """Return one row per model from the runs' results.jsonl; accuracies in [0, 1], None where a number does not exist.
 
     Each accuracy has its standard error beside it: binomial for `kNN` and `linear` (over test images), the standard
-    deviation over training sets for the few-shot ones. `seconds` is the time spent in training steps.
+    deviation over training sets for the few-shot ones. `κ 5–95 %` has these two quantiles over the prototypes,
+    `seconds` is the time spent in training steps.
     """
     table = []
     for model, (run, features) in MODELS.items():
         # Later rows replace earlier ones: an evaluation that was interrupted has been repeated.
         rows = {(row["protocol"], row["metric"]): row for row in read_rows(output / run / "results.jsonl")
                 if row["features"] == features and row["split"] in ("test", "train")}  # fmt: skip
+        pretrained = features == "teacher"
         entry: Row = {"model": model}
         for column, key in ACCURACIES.items():
             value, n = rows[key]["value"], rows[key]["n"]
             entry[column] = value
             entry[f"{column} ±"] = rows[key].get("sd", math.sqrt(value * (1 - value) / n))
-        pretrained = features == "teacher"
-        entry["prototypes"] = rows["prototypes", "prototypes"]["value"] if pretrained else None
-        entry["used by scores"] = rows["prototypes", "used_scores"]["value"] if pretrained else None
-        entry["used by targets"] = rows["prototypes", "used_targets"]["value"] if pretrained else None
+        counted = {name: row["value"] for (protocol, name), row in rows.items() if protocol == "prototypes"}
+        for name, metric in {"prototypes": "prototypes", **USE}.items():
+            entry[name] = counted[metric] if pretrained else None
+        entry["κ 5–95 %"] = [counted["kappa_p05"], counted["kappa_p95"]] if pretrained else None
         entry["seconds"] = read_rows(output / run / "metrics.jsonl")[-1]["seconds"] if pretrained else None
         table.append(entry)
     return table
@@ -82,8 +85,10 @@ def format_cell(row: Mapping[str, Any], column: str) -> str:
         return "–"
     if column == "seconds":
         return f"{value:.0f}"
-    if column not in ACCURACIES:
+    if column in USE:
         return f"{value}/{row['prototypes']}"
+    if column not in ACCURACIES:
+        return "–".join(f"{quantile:.1f}" for quantile in value)
     return f"{100 * value:.1f} ± {100 * row[f'{column} ±']:.1f}"
 
 

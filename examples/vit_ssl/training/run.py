@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 RUN_FILES = (CHECKPOINT, PREVIOUS, "recipe.yaml", METRICS, "results.jsonl", "backbone")
-"""What makes a directory a run: pretraining refuses to start a new one where any of these exist."""
+"""These files make a directory a run; pretraining refuses to start a new run where any of them exists."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,17 +30,17 @@ class Encoder:
     model: PreTrainedModel
     """A transformers ViTModel, ViTMSNModel, Dinov2Model, ..."""
     source: str
-    """What the user named."""
+    """The name or path that the user gave."""
     patch_size: int
     """Side of a patch in px."""
     dim: int
-    """D, the width."""
+    """Width D of the features."""
     depth: int
-    """How many blocks."""
+    """Number of blocks."""
     image_size: int
     """Side in px at which images are evaluated."""
     key: str = "teacher"
-    """Which network of an original .pth file it is."""
+    """Whether it is the student or the teacher of an original .pth file."""
 
     def layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Return the tokens of the last `n` blocks, the last one last, each after the final LayerNorm: (B, 1 + h*w, D).

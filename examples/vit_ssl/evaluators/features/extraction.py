@@ -26,7 +26,7 @@ from runtime.interruption import leave_process_group
 
 KINDS = ("cls", "last4", "cls+mean_patch")
 LIBRARY_SETS = ("photos", "digits")
-"""Small images that come with libraries: used whole, while photographs are cropped as in ImageNet evaluations."""
+"""These sets of small images are used whole; photographs are cropped, as in ImageNet evaluations."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from evaluators.features.extraction import Chunk
 
 VERSION = 2
-"""To be raised when the same settings give other features."""
+"""This number is raised whenever a change of the code makes the same settings give other features."""
 
 
 def fingerprint(model: nn.Module | None, images: Images, settings: Mapping[str, Any]) -> str:
