@@ -69,7 +69,7 @@ LAYERS = [
     ["", "compat", "compat._sinkhorn", "compat._temperature", "compat.convert"],
     ["compat._attached", "compat._late_center"],
     ["compat.dino", "compat.dinov2", "compat.dinov3", "compat.msn", "compat.solo", "compat.stable_pretraining"],
-    ["compat.esvit.view_loss", "compat.esvit.region_loss", "compat.esvit"],
+    ["compat.esvit.view_loss", "compat.esvit.regions", "compat.esvit.region_loss", "compat.esvit"],
     ["compat.ibot.head", "compat.ibot.tokens", "compat.ibot.loss", "compat.ibot"],
     ["compat.lightly.heads", "compat.lightly.dino_loss", "compat.lightly.patch_losses", "compat.lightly"],
 ]
