@@ -153,15 +153,19 @@ def test_more_calls_than_are_remembered_are_not_compared():
     side = attached((student, teacher))
     for _ in range(CALLS + 1):
         teacher(X)
+    assert not teacher.head._forward_hooks
     side.targets(torch.randn(2, K), 0.04)
 
 
-def test_a_compiled_head_is_not_compared():
+def test_compiled_heads_and_losses_are_not_compared():
     student, teacher = models()
     side = attached((student, teacher))
     compiled = torch.compile(teacher, backend="eager", fullgraph=True)
     side.targets(compiled(X), 0.04)
     torch.testing.assert_close(compiled(X), teacher(X))
+    side = attached((student, teacher))
+    targets = torch.compile(side.targets, backend="eager")
+    torch.testing.assert_close(targets(torch.ones(2, K), 0.04).sum(dim=1), torch.ones(2))
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
