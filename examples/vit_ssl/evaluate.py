@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 from transformers.utils import logging as transformers_logging
 
+from config.settings import check_finite
 from evaluators.protocol import Evaluation, NotApplicable
 from evaluators.registry import PROTOCOLS
 from evaluators.request import Request, open_evaluation
@@ -58,6 +59,11 @@ def evaluate_all(
         paper_row: the row of the paper's tables to compare with, in place of the recipe's.
     """
     check_paper_row(paper_row)
+    for name, folder in (folders or {}).items():
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"`{name}_data` (={str(folder)!r}) must be a folder")
+    for settings in (options or {}).values():
+        check_finite(settings)
     evaluation = open_evaluation(request)
     rows: list[Row] = []
     left_out = {name: f"{name}: {protocol.left_out}" for name, protocol in PROTOCOLS.items() if protocol.left_out}
@@ -94,6 +100,7 @@ def evaluate_all(
 def run_protocol(name: str, evaluation: Evaluation, options: Any, request: Request) -> list[Row]:
     """Run one protocol; return its rows, appended to results.jsonl, and write its predictions to predictions/."""
     protocol = PROTOCOLS[name]
+    check_finite(options)
     split = protocol.split or evaluation.split
     common: dict[str, Any] = {"checkpoint": request.checkpoint}
     if data := evaluation.data or evaluation.dataset:

@@ -249,7 +249,12 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint(tmp_path: Path, monke
     with pytest.raises(OSError, match=message):
         run(tmp_path)
     assert load_checkpoint(tmp_path)["step"] == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", METRICS, "recipe.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "images.txt.gz",
+        METRICS,
+        "recipe.yaml",
+    ]
 
 
 def test_a_second_run_does_not_write_into_the_same_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +275,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_started_again(
     run(tmp_path, max_steps=2, resume=True)
     assert (tmp_path / "recipe.yaml").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("backbone", "checkpoint.previous.pt", "checkpoint.pt", METRICS, "recipe.yaml")
+        *("backbone", "checkpoint.previous.pt", "checkpoint.pt", "images.txt.gz"),
+        *(METRICS, "recipe.yaml"),
     ]
 
 

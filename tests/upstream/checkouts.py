@@ -75,18 +75,21 @@ class Training:
         diff: bool = True,
         diffs: slice = slice(1),
         loss: dict[str, Any] | None = None,
+        also: tuple[str, slice] | None = None,
         folder: Path | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """What the script recorded with these command-line options.
 
         `diff` applies the documented diff, or those of the section that `diffs` selects, with `loss` as additional
-        arguments of the loss; `folder` holds checkpoints and result, by default a new one; `settings` are the
-        recorder's.
+        arguments of the loss; then `also`, diffs of another section. `folder` holds checkpoints and result, by default
+        a new one; `settings` are the recorder's.
         """
         checkout = copy_of(self.name, self.factory.mktemp(self.name))
         if diff:
             apply_documented_diff(checkout, self.section, diffs, **(loss or {}))
+        if also:
+            apply_documented_diff(checkout, *also)
         output = (folder or self.factory.mktemp("run")) / "result.pt"
         script = Path(__file__).with_name(self.script)
         arguments = json.dumps({"options": options, **settings}, default=str)

@@ -70,7 +70,12 @@ class Run:
         kind = type(model.student_head)
         cancel, kind.cancel_last_layer_gradients = kind.cancel_last_layer_gradients, self.record_gradients
         self.cancel = cancel
-        return torch.optim.SGD(parameters, lr=1.0) if self.settings.get("unit") else make(parameters, lr=lr)
+        optimizer = torch.optim.SGD(parameters, lr=1.0) if self.settings.get("unit") else make(parameters, lr=lr)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.result["options"] = [
+            {"names": [names[id(p)] for p in group["params"]], "lr": group["lr"]} for group in optimizer.param_groups
+        ]
+        return optimizer
 
     def record_loss(self, criterion: nn.Module, args: Any, value: Tensor) -> None:
         self.result["losses"].append(value.detach().clone())

@@ -10,7 +10,18 @@ from typing import Any, Literal
 import yaml
 
 from config.methods import IBOTSettings, MSNSettings
-from config.settings import Ranges, check_fields, check_ranges, flat, is_share, plain, read_settings
+from config.settings import (
+    LOWEST_TEMPERATURE,
+    Ranges,
+    check_fields,
+    check_ranges,
+    flat,
+    is_share,
+    is_temperature,
+    plain,
+    read_settings,
+)
+from config.yaml_file import parse_yaml, read_yaml
 from storage.whole_file import whole_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -126,15 +137,25 @@ class Recipe:
             )
 
 
-_COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "out_dim", "hidden_dim", "bottleneck_dim")
+_COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "hidden_dim", "bottleneck_dim")
 _SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers")
-_NOT_NEGATIVE = ("seed", "num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
+_NOT_NEGATIVE = ("num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
 _NOT_NEGATIVE += ("teacher_temp_warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "warmup_start_lr")
 _NOT_NEGATIVE += ("norms_lr_multiplier",)
 _RANGES: Ranges = (
     (_COUNTS + _SIZES, "at least 1", lambda value: value >= 1),
     (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
-    (("lr", "initializer_range", "student_temp", "teacher_temp", "teacher_temp_warmup"), "positive", lambda x: x > 0),
+    (("seed",), "in [0, 2^64), as torch has it", lambda seed: 0 <= seed < 2**64),
+    (("out_dim",), "at least 2: one prototype takes everything", lambda value: value >= 2),
+    (("lr", "initializer_range"), "positive", lambda value: value > 0),
+    (("student_temp", "teacher_temp", "teacher_temp_warmup"), f"at least {LOWEST_TEMPERATURE}", is_temperature),
+    (
+        ("global_scale", "local_scale"),
+        "(low, high) with 0 < low <= high <= 1",
+        lambda scale: 0 < scale[0] <= scale[1] <= 1,
+    ),
+    (("solarize_prob", "grayscale_prob"), "in [0, 1]", is_share),
+    (("blur_prob",), "three numbers in [0, 1]", lambda values: all(map(is_share, values))),
     (("momentum_teacher", "center_momentum"), "in [0, 1]", is_share),
     (("drop_path",), "in [0, 1)", lambda value: 0 <= value < 1),
     (("schedule_stretch",), "at least 1", lambda value: value >= 1),
@@ -152,9 +173,7 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise FileNotFoundError(f"no recipe `{name_or_path}`: expected the path of a .yaml file or one of {known}")
-    settings = yaml.safe_load(path.read_text())
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold `field: value` lines")
+    settings = read_yaml(path)
     for name, value in (overrides or {}).items():
         section, _, field = name.rpartition(".")
         if section and not isinstance(settings.get(section), dict):
@@ -173,7 +192,7 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"`--set` (={item!r}) must be FIELD=VALUE")
-        overrides[name] = yaml.safe_load(value)
+        overrides[name] = parse_yaml(value, f"`--set` (={item!r})")
     return overrides
 
 

@@ -62,7 +62,12 @@ class Request:
 
 
 def open_evaluation(request: Request) -> Evaluation:
-    """Open the checkpoint; images are read when a protocol asks for features."""
+    """Open the checkpoint; images are read when a protocol asks for features.
+
+    Raises ValueError for a setting that is out of range or without a meaning here, FileNotFoundError for a folder
+    that is not there.
+    """
+    _check(request)
     run = _open_run(Path(request.checkpoint))
     if run:
         encoder = as_encoder(run.backbone, request.checkpoint, image_size=run.recipe.image_size)
@@ -99,6 +104,19 @@ def open_evaluation(request: Request) -> Evaluation:
     # A run's head and centre belong to the weights they were trained with.
     own = run if request.features == "teacher" else None
     return Evaluation(chosen, features, request.split, request.data, own, output, dataset)
+
+
+def _check(request: Request) -> None:
+    for name, low in {"image_size": 1, "batch_size": 1, "num_workers": 0}.items():
+        value = getattr(request.extract, name)
+        if value is not None and value < low:
+            raise ValueError(f"`{name}` (={value}) must be at least {low}")
+    for name, default in {"key": "teacher", "heads": None}.items():
+        value = getattr(request, name)
+        if value != default and not Path(request.checkpoint).is_file():
+            raise ValueError(f"`{name}` (={value!r}) is only for .pth files, which {request.checkpoint!r} is not")
+        if name == "heads" and value is not None and value < 1:
+            raise ValueError(f"`heads` (={value}) must be at least 1")
 
 
 def _open_run(directory: Path) -> Run | None:

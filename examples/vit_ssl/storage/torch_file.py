@@ -14,7 +14,7 @@ _PICKLE, _ZIP = b"\x80", b"PK"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # with which files of torch before 1.6 begin
 
 
-class UnreadableFile(OSError):
+class UnreadableFile(OSError, ValueError):
     """A file cannot be read; the message names it and says what it is."""
 
 
@@ -39,7 +39,8 @@ def read_torch_file(path: Path, *, safe: Sequence[Any] = ()) -> Any:
         with torch.serialization.safe_globals(list(safe)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).strip().splitlines() or ["nothing"]
+        reason = next((line for line in lines if "GLOBAL" in line), lines[0])  # which names the object
         raise UnreadableFile(
             f"{path} holds objects whose unpickling can run code, and is not opened. If you trust it, save its "
             f"weights alone where it was made: torch.save({{'teacher': checkpoint['teacher']}}, 'weights.pth'). "
@@ -66,7 +67,7 @@ def _kind(begin: bytes) -> str:
     if not begin.strip(b"\0"):
         return "filled with zeros, as a crash can leave a file behind"
     if begin.startswith(_PICKLE):
-        return "a pickle, which could run code and is not opened"
+        return "a pickle, whose unpickling can run code and which is not opened"
     try:
         text = begin.decode().lstrip()
     except UnicodeDecodeError as error:
