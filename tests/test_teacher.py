@@ -12,7 +12,7 @@ import vmf_reference
 from dino_models import BATCH, K, P, models
 from gloo import run_on_ranks
 from vmf_heads import HeadOutput, TeacherTargets, VMFPrototypeHead
-from vmf_heads._first_outputs import CALLS
+from vmf_heads._first_outputs import CALLS, FirstOutputs
 
 X = torch.randn(BATCH, 10, generator=torch.Generator().manual_seed(0))
 DIFFERENT = "did not come from the teacher's head that this loss is attached to"
@@ -174,7 +174,7 @@ def test_a_copy_of_the_teacher_instead_of_the_teacher_warns(copy_of):
     student, teacher = models()
     side = attached((student, teacher))
     copied = copy_of(teacher)
-    assert not any(hook(None, None, None) for hook in copied.head._forward_hooks.values())
+    assert not any(isinstance(hook, FirstOutputs) for hook in copied.head._forward_hooks.values())
     with pytest.warns(UserWarning, match="this head looks like a teacher's"):
         logits = copied(X)
     with pytest.warns(UserWarning, match="the teacher's head did not run between `attach` and the first call"):
