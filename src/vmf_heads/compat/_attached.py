@@ -165,8 +165,9 @@ class AttachedLoss(nn.Module):
         if self.fused:
             outputs = (_fused_output(student, student_head), _fused_output(teacher, teacher_head))
         self._check_heads(student_head, teacher_head, outputs)
-        for found, output in zip((student_head, teacher_head), outputs, strict=True):
-            found.attach_output(output)
+        keeps = outputs[0] == "prototypes" and _keep_prototypes(student, student_head)
+        student_head.attach_output(outputs[0], prototypes_stay=keeps)
+        teacher_head.attach_output(outputs[1])
         student_head.temperature = self.student_temp
         if student_head.normalizer == "vmf" and not student_head.last_layer.norms_require_grad:
             warnings.warn(
@@ -298,8 +299,28 @@ def _fused_output(model: nn.Module, head: PrototypeHead) -> str:
     read silently wrong gradients, and DistributedDataParallel(find_unused_parameters=True) counts them as unused.
     """
     finds_unused = any(getattr(module, "find_unused_parameters", False) for module in model.modules())
-    sharded = any(is_sharded(parameter) for parameter in head.last_layer.parameters())
-    return "prototypes" if finds_unused or sharded else "features"
+    return "prototypes" if finds_unused or _is_sharded(head) else "features"
+
+
+def _is_sharded(head: PrototypeHead) -> bool:
+    return any(is_sharded(parameter) for parameter in head.last_layer.parameters())
+
+
+def _keep_prototypes(student: nn.Module, head: PrototypeHead) -> bool:
+    """Let the prototypes stay whole from the head's forward to its backward, which soon follows; whether they will.
+
+    FSDP2 would free them, gather them again for the backward, and leave a copy to the loss. (A teacher has no backward
+    to free them after, so that its head returns a copy.)
+    """
+    if not _is_sharded(head):
+        return True
+    # Recognised by the method, as sharded parameters are by an attribute: FSDP1 has none.
+    owners = [m for m in student.modules() if hasattr(m, "set_reshard_after_forward") and head in m.modules()]
+    if not owners:
+        return False
+    innermost = min(owners, key=lambda module: sum(1 for _ in module.modules()))
+    innermost.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
+    return True
 
 
 def _use_the_names_of_the_state(loss: AttachedLoss, incompatible_keys: Any) -> None:
