@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from ._checks import at_least, one_of, positive
@@ -146,6 +147,19 @@ class PrototypeHead(nn.Module):
         state: dict[str, Any] = super().__getstate__()
         output = self._released_output or self.output
         return state | {"output": output, "_released_output": None, "_prototypes_stay": False}
+
+
+class _Itself(Function):
+    """The tensor, in the same memory, as a result of its own, so that hooks that a wrapper sets on it do not stay on a
+    parameter. A view would do, but in-place operations on a view drop such hooks, of which FSDP2 warns."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class VMFPrototypeHead(PrototypeHead):
