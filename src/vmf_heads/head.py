@@ -87,12 +87,9 @@ class PrototypeHead(nn.Module):
             return features
         if self.output == "prototypes":
             y, directions, scales = prototypes.with_features(features)
-            if (
-                self._prototypes_stay
-            ):  # a view, because hooks that a wrapper sets on an output would stay on a parameter
-                return HeadOutput(y, directions.view_as(directions), scales)
-            # Copies: under FSDP the parameters' storage is freed after this forward.
-            return HeadOutput(y, directions.clone(), None if scales is None else scales.clone())
+            # Copies: under FSDP the parameters' storage is freed after this forward, unless `attach` saw to it.
+            directions = _Itself.apply(directions) if self._prototypes_stay else directions.clone()
+            return HeadOutput(y, directions, None if scales is None else scales.clone())
         scores = prototypes(features, exact=self.float32_scores)
         if self.output == "scores" or self.normalizer == "none":
             return scores
