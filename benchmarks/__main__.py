@@ -15,6 +15,7 @@ from benchmarks.faults import faults
 from benchmarks.loss import loss
 from benchmarks.mixture import mixture
 from benchmarks.normalizer import normalizer
+from benchmarks.photos import photos
 from benchmarks.step import step
 
 COMMANDS = {
@@ -25,6 +26,7 @@ COMMANDS = {
     "mixture": mixture,
     "fashion": fashion,
     "fashion-stability": fashion_stability,
+    "photos": photos,
     "evidence": evidence,
     "faults": faults,
 }

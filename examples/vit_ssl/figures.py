@@ -10,6 +10,8 @@ the training time. Nothing is trained or evaluated, and the runs stay as they ar
 
 from __future__ import annotations
 
+from runtime.ending import sound_ending
+
 import json
 from pathlib import Path
 from typing import Literal
@@ -26,6 +28,7 @@ def main(
     split: Literal["val", "test"] = "test",
     settings: tuple[str, ...] = (),
     baseline: str | None = None,
+    debug: bool = False,
 ) -> None:
     """Write the figures as SVG and the numbers behind them as numbers.json; print the table.
 
@@ -36,7 +39,10 @@ def main(
         settings: which settings to show, and in which order: what stands before -seedN in the names of the runs. By
             default all of them.
         baseline: the setting that the others are compared with; by default the first.
+        debug: show the traceback of an error.
     """
+    if not runs.is_dir():
+        raise FileNotFoundError(f"`runs` (={str(runs)!r}) must be a directory of runs NAME-seedN")
     rows, others = read_runs(runs, split)
     known = names(rows)
     if missing := [name for name in settings if name not in known]:
@@ -57,4 +63,5 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with sound_ending():
+        tyro.cli(main)

@@ -39,6 +39,7 @@ def write_run(folder, name, seed, knn, *, normalization="vmf", used=32, epochs=3
     )
     steps = [
         {"step": s + 1, "epoch": s // 2, "prototypes_used": 10.0 * s, "kappa_p05": 8.0, "kappa_p95": 8.0 + s}
+        | {"seconds": s + 1.0}
         for s in range(2 * epochs)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
@@ -62,7 +63,7 @@ def test_a_row_holds_the_newest_numbers_of_its_run(runs):
         ("l2-logit", 0), *(("none-logit", s) for s in range(3)), *(("vmf-probability", s) for s in range(3))
     ]  # fmt: skip
     row = rows[-1]
-    assert (row["normalization"], row["knn"], row["untrained"]) == ("vmf", 0.77, None)
+    assert (row["normalization"], row["knn"], row["seconds"]) == ("vmf", 0.77, 6.0)
     assert (row["used_scores"], row["used_logits"], row["used_targets"]) == (0.25, 0.5, 1.0)
     assert row["by_kappa"] == {name: pytest.approx(0.6 + 0.1 * i) for i, name in enumerate(RANGES)}
     assert (row["cosines"], row["unique"], row["largest_set"]) == ([0.5, 1.0], [0.5, 1.0], [0.5, 0.5])
@@ -74,6 +75,8 @@ def test_runs_that_were_not_evaluated_are_named(runs):
     write_run(runs, "vmf-scores", 0, 0.7)
     (runs / "vmf-scores-seed0" / "results.jsonl").unlink()
     assert read_runs(runs, "test")[1] == ["vmf-scores-seed0"]
+    with pytest.raises(FileNotFoundError, match=r"`runs` \(='.*/none'\) must be a directory of runs NAME-seedN"):
+        figures.main(runs / "none")
     with pytest.raises(FileNotFoundError, match=r"`runs` .* must hold evaluated runs .* 8 runs .* kNN on train"):
         read_runs(runs, "train")
 

@@ -28,7 +28,7 @@ def figure_2(accuracies: Series, ranges: Sequence[str]) -> str:
         figure, axis = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
         _lines(axis, np.arange(len(ranges)), {label: 100 * values for label, values in accuracies.items()}, apart=0.06)
         axis.set_xticks(range(len(ranges)), ranges)
-        axis.set(xlabel="percentiles of κ of the component that an image belongs to", ylabel="kNN, per cent")
+        axis.set(xlabel="images, divided by the κ of the component they belong to", ylabel="kNN, per cent")
         return _finish(figure, [axis])
 
 
@@ -39,7 +39,7 @@ def duplicates(cosines: Sequence[float], unique: Series, largest_set: Series) ->
         figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
         for axis, (title, series) in zip(axes, panels.items(), strict=True):
             _lines(axis, np.asarray(cosines), {label: 100 * values for label, values in series.items()})
-            axis.set(title=title, xlabel="cosine above which prototypes are duplicates", ylim=(0, 104))
+            axis.set(title=title, xlabel="cosine above which prototypes are duplicates", ylim=(0, None))
         axes[0].set_ylabel("per cent of the prototypes")
         return _finish(figure, list(axes))
 
@@ -50,7 +50,7 @@ def over_time(panels: Mapping[str, Series], *, time: str, ends: Sequence[float] 
     `time` is what the x axis says, `ends` where the parts end on it; by default 1, 2, ...
     """
     with plt.rc_context(charts.style(dark=False)):
-        size = (1.2 + 4.0 * len(panels), 3.4)
+        size = (2.0 + 4.0 * len(panels), 3.4)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
         for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
             parts = max(values.shape[1] for values in series.values())
@@ -86,5 +86,6 @@ def _lines(axis: Axes, x: np.ndarray, series: Series, *, apart: float = 0.0, mar
 
 def _finish(figure: Figure, axes: list[Axes]) -> str:
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    columns = 4 if figure.get_figwidth() > 8 else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
     return charts.to_svg(figure)

@@ -28,7 +28,7 @@ def read_runs(folder: Path, split: str) -> tuple[list[Row], list[str]]:
     A run has been evaluated where kNN on `split` and the prototypes are in its results.jsonl. A row holds
 
     - `name`, `seed`, `normalization`, `centering`, `center_on`, `prototypes` (K) and `batch_size`;
-    - `knn`, the teacher's accuracy, and `untrained`, that of the network before its first step, None if not evaluated;
+    - `knn`, the teacher's accuracy, and `seconds`, the time spent in training steps;
     - `used_scores`, `used_logits`, `used_targets`: the share of the prototypes that are the largest for some image;
     - `kappa`, its quantiles over the prototypes;
     - `by_kappa`, the kNN accuracy of the images whose component has a kappa in a range of percentiles, by range
@@ -73,7 +73,7 @@ def _row(run: Path, split: str) -> Row | None:
     knn = found.get(("teacher", "knn", "top1", split))
     if knn is None or not counted:
         return None
-    recipe, size = load_recipe(run / "recipe.yaml"), counted["prototypes"]
+    recipe, size, steps = load_recipe(run / "recipe.yaml"), counted["prototypes"], read_rows(run / METRICS)
     duplicates = read_table(run / "prototypes" / DUPLICATES)
     ranges = "top1@kappa_"
     return {
@@ -83,7 +83,7 @@ def _row(run: Path, split: str) -> Row | None:
         "prototypes": size,
         "batch_size": recipe.batch_size,
         "knn": knn,
-        "untrained": found.get(("random", "knn", "top1", split)),
+        "seconds": steps[-1]["seconds"],
         **{name: counted[name] / size for name in ("used_scores", "used_logits", "used_targets")},
         "kappa": {name: counted[f"kappa_{name}"] for name in ("min", "p05", "p50", "p95", "max")},
         "by_kappa": {
@@ -94,7 +94,7 @@ def _row(run: Path, split: str) -> Row | None:
         "cosines": duplicates["cosine"].tolist(),
         "unique": (duplicates["unique"] / size).tolist(),
         "largest_set": (duplicates["largest_set"] / size).tolist(),
-        "over_time": _over_time(read_rows(run / METRICS)),
+        "over_time": _over_time(steps),
     }
 
 
