@@ -88,7 +88,7 @@ class Trial:
 
     def strike(self, kind: str) -> None:
         """Start some work, kill it at a random moment and check the promises; work that ended earlier was missed."""
-        before = _state(self.run)
+        before = state_of(self.run)
         kind = "training" if before["step"] < 0 else kind
         evaluated = kind == "evaluating"
         process = _in_a_process(_evaluate if evaluated else _train, self.run, self.data)
@@ -122,10 +122,10 @@ class Trial:
             saves -= now and not seen
             seen = now
             time.sleep(0.0002)
-        time.sleep(self.rng.uniform(0, 0.01))
+        time.sleep(self.rng.uniform(0, 0.03))  # within the save, or just after it
 
     def _check(self, kind: str, before: dict[str, Any]) -> None:
-        after = _state(self.run)
+        after = state_of(self.run)
         for promise in ("checkpoint", "metrics", "results", "backbone", "lock"):
             if after[promise] is not None:
                 self.broken.append(f"kill {self.kills.total()}, {kind}: {PROMISES[promise]}; but {after[promise]}")
@@ -134,7 +134,7 @@ class Trial:
         if after["rows"][: len(before["rows"])] != before["rows"]:
             self.broken.append(f"kill {self.kills.total()}, {kind}: rows of results.jsonl are gone")
         for name in ("partial checkpoint", "cut line of metrics", "cut line of results", "stale lock file"):
-            self.found[kind][name] += bool(after[name])
+            self.found[kind][name] += bool(after[name]) and not before[name]
 
     def _end(self) -> None:
         self.ended += 1
@@ -203,10 +203,10 @@ def _losses(run: Path) -> list[tuple[int, float]]:
 
 
 def _steps_left(run: Path) -> int:
-    return 12 * (256 // 32) - _state(run)["step"]
+    return 12 * (256 // 32) - state_of(run)["step"]
 
 
-def _state(run: Path) -> dict[str, Any]:
+def state_of(run: Path) -> dict[str, Any]:
     """What is in the folder of a run: its step (-1: none), its rows, and what is wrong with what was promised."""
     from storage.lock import FolderInUse, locked
     from training.run import load_checkpoint, load_run

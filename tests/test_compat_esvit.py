@@ -132,6 +132,7 @@ def test_mixtures_are_esvits_formula(fused):
     exact = copy.deepcopy(student), copy.deepcopy(teacher)
     loss = DINOLoss(K, NCROPS, **SCHEDULE, fused=fused).double()
     loss.attach(student, teacher, head="head")
+    teacher.head_dense.attach_output("scores")  # serves a loss of its own
     crops = [crop.double() for crop in batch()]
     mixtures = [matrix.double() for matrix in MIXTURES]
     zeros = torch.zeros(K)
@@ -200,6 +201,7 @@ def test_mixtures_must_be_one_for_each_crop():
     student, teacher = models()
     loss = DINOLoss(K, NCROPS, **SCHEDULE)
     loss.attach(student, teacher, head="head")
+    teacher.head_dense.attach_output("scores")  # serves a loss of its own
     crops = batch()
     with pytest.raises(ValueError, match=r"`targets_mixup` \(of shapes .*\) must hold a matrix \(B, B\) for each of"):
         loss(student(crops)[0], teacher(crops[:2])[0], 0, MIXTURES[:3])

@@ -62,14 +62,14 @@ def test_version():
 
 # From the bottom up: a module imports from rows above its own, or from its own in the order given.
 LAYERS = [
-    ["_checks", "_debye", "_distributed", "_matmul", "_memory", "_duplicates", "_state_names", "mlp"],
+    ["_checks", "_debye", "_distributed", "_matmul", "_memory", "_duplicates", "_state_names", "_unattached", "mlp"],
     ["_expansion", "_lowering", "_compiled", "special"],
     ["prototypes", "optim", "head", "centering"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
     ["", "compat", "compat._sinkhorn", "compat._temperature", "compat.convert"],
     ["compat._attached", "compat._late_center"],
     ["compat.dino", "compat.dinov2", "compat.dinov3", "compat.msn", "compat.solo", "compat.stable_pretraining"],
-    ["compat.esvit.view_loss", "compat.esvit.region_loss", "compat.esvit"],
+    ["compat.esvit.view_loss", "compat.esvit.regions", "compat.esvit.region_loss", "compat.esvit"],
     ["compat.ibot.head", "compat.ibot.tokens", "compat.ibot.loss", "compat.ibot"],
     ["compat.lightly.heads", "compat.lightly.dino_loss", "compat.lightly.patch_losses", "compat.lightly"],
 ]

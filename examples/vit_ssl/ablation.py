@@ -27,7 +27,6 @@ import tyro
 from config.recipe import load_recipe
 from reporting.demo_table import read_rows
 from runtime.lanes import Job, run_lanes
-from storage.lock import locked
 
 SCRIPTS = Path(__file__).parent
 NORMALIZATIONS = {"none": "None", "l2": "L2", "vmf": "vMF"}
@@ -124,8 +123,7 @@ def main(ablation: Ablation) -> None:
     if ablation.dry_run:
         print("\n".join(shlex.join(job.command) for job in jobs))
     else:
-        with locked(ablation.output):
-            run_lanes(in_lanes(jobs, ablation.lanes))
+        run_lanes(in_lanes(jobs, ablation.lanes))
     print(table(ablation))
 
 

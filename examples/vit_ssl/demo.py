@@ -105,7 +105,8 @@ def claim(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> No
         if output.exists() and any(output.iterdir()):
             raise FileExistsError(f"`output` (={str(output)!r}) is not empty and holds no demo: choose another")
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(request, indent=1))
+        with whole_file(path) as file:
+            file.write(json.dumps(request, indent=1).encode())
         return
     found = json.loads(path.read_text())
     if found["max_steps"] != max_steps:

@@ -24,7 +24,6 @@ from config.recipe import Recipe, load_recipe
 from data.images import load_images
 from reporting.demo_table import ACCURACIES, RUNS, is_evaluated, paired_difference, read_rows
 from runtime.lanes import Job, run_lanes
-from storage.lock import locked
 
 SCRIPTS = Path(__file__).parent
 RANDOM = "randomly initialised ViT"
@@ -59,8 +58,7 @@ def main(
     models = labelled(recipes)
     runs = [jobs(output, models, label, seed, max_steps) for seed in seeds for label in models]
     lanes = {f"lane {i + 1}": [job for run in runs[i::parallel] for job in run] for i in range(parallel)}
-    with locked(output):
-        run_lanes(lanes)
+    run_lanes(lanes)
     print(report(output, models, seeds))
 
 

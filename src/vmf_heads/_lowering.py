@@ -26,7 +26,7 @@ def in_one(function: Pointwise, kappa: Tensor, p: int) -> Tensor:
 
     torch.export gets all the operations, because its program shall run without this library.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
         revision = _revision()
         if revision is not None:
             result: Tensor = torch.ops.vmf_heads.expansion(kappa, function.__name__, p, revision)
@@ -36,8 +36,8 @@ def in_one(function: Pointwise, kappa: Tensor, p: int) -> Tensor:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _revision() -> str | None:
-    """What tells the operator from that of another version, or None where this torch has no place for it."""
-    return _register()
+    """What tells the operator from that of another version; None for torch.export, or if torch has no place for it."""
+    return None if torch.compiler.is_exporting() else _register()
 
 
 @cache

@@ -1,6 +1,8 @@
 """What a command says about an error, and which errors keep their traceback."""
 
 import errno
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,20 @@ def test_an_error_of_a_loader_process_comes_without_that_process_traceback() -> 
     with pytest.raises(OSError, match="Traceback") as caught:
         next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1)))
     assert explain(caught.value) == "cannot read the image 'a.png': truncated"
+
+
+class Killed(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loader_process_that_was_killed_is_told() -> None:
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        next(iter(torch.utils.data.DataLoader(Killed(), num_workers=1)))
+    assert "Often the memory ran out: use fewer --num-workers" in (explain(caught.value) or "")
 
 
 def test_a_real_missing_file_is_named(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def test_grey_images_of_every_depth_are_the_same_picture(values: np.ndarray, kin
     assert np.array_equal(np.asarray(found), np.stack([RAMP] * 3, axis=-1))
 
 
+def test_a_dark_16_bit_image_stays_dark() -> None:
+    found = open_rgb(as_file(Image.fromarray(np.full((4, 4), 600, np.uint16)), "PNG"))
+    assert np.unique(np.asarray(found)).tolist() == [2]  # 600 / 257
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e6])
 def test_values_of_no_known_range_are_refused(value: float) -> None:
     values = RAMP.astype(np.float32)

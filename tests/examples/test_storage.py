@@ -46,6 +46,7 @@ def test_a_file_that_was_cut_off_is_damaged(tmp_path: Path) -> None:
         (b"", "empty"),
         (b"\0" * 4096, "filled with zeros, as a crash can leave a file behind"),
         (b"<!DOCTYPE html><html><body>404", "a web page, as a failed download leaves it"),
+        (b"<html>\n", "a web page"),
         (b"Not Found\n", r"text \('Not Found'\)"),
         ("é".encode() * 300, r"text \('é+'\)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
@@ -56,6 +57,23 @@ def test_a_file_that_was_cut_off_is_damaged(tmp_path: Path) -> None:
 def test_other_files_are_called_what_they_are(content: bytes, kind: str, tmp_path: Path) -> None:
     (tmp_path / "file.pt").write_bytes(content)
     with pytest.raises(UnreadableFile, match=rf"file.pt is no PyTorch file but {kind}"):
+        read_torch_file(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("content", [b"PK", b"PK\x05\x06" + b"\0" * 18, b"PK\x03\x04 half an archive"])
+def test_other_zip_files_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file.pt").write_bytes(content)
+    with pytest.raises(UnreadableFile, match=r"file.pt is (damaged, or its end is missing|no readable PyTorch file)"):
+        read_torch_file(tmp_path / "file.pt")
+
+
+def test_an_error_of_unpickling_without_words_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise pickle.UnpicklingError
+
+    torch.save({}, tmp_path / "file.pt")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UnreadableFile, match=r"PyTorch says: nothing$"):
         read_torch_file(tmp_path / "file.pt")
 
 

@@ -166,7 +166,7 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
     run.result["start"] = start
     groups = module.learnable_params
     run.result["groups"] = [group["name"] for group in groups]
-    optimizer = torch.optim.SGD(groups, lr=1.0) if settings.get("unit") else torch.optim.AdamW(groups, lr=1e-3)
+    optimizer = torch.optim.SGD(groups, lr=0.1) if settings.get("unit") else torch.optim.AdamW(groups, lr=1e-3)
     first = settings.get("first_epoch", 0)
     if first:
         checkpoint = torch.load(settings["resume"], weights_only=False)

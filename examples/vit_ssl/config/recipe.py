@@ -192,8 +192,6 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"`--set` (={item!r}) must be FIELD=VALUE")
-        if name in overrides:
-            raise ValueError(f"`--set` (={item!r}) must name each field once, and {name} is there twice")
         overrides[name] = parse_yaml(value, f"`--set` (={item!r})")
     return overrides
 

@@ -55,7 +55,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     ranges = [65_535.0] if image.mode.startswith("I;16") else [1.0] * (image.mode == "F") + [255.0, 65_535.0]
     full = next((full for full in ranges if 0 <= low and high <= full), None)  # none for NaN, too
@@ -64,4 +64,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             f"values from {low:g} to {high:g} are in none of the ranges 0 to {', '.join(f'{r:g}' for r in ranges)}; "
             "save it with 8 bits"
         )
-    return Image.fromarray((values * (255 / full)).round().astype(np.uint8))
+    scaled = np.empty(values.shape, np.uint8)
+    for row in range(0, len(values), 256):  # in parts, because an image may have 179 million pixels
+        scaled[row : row + 256] = (values[row : row + 256].astype(np.float64) * (255 / full)).round()
+    return Image.fromarray(scaled)

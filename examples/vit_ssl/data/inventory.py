@@ -33,8 +33,11 @@ def inventory_of(images: Images) -> dict[str, str]:
     digest = hashlib.sha256(images.labels.tobytes())
     indices = range(len(images)) if isinstance(images.items, list) else range(0, len(images), max(1, len(images) // 64))
     for index in indices:
-        item = images.items[index]
-        digest.update(item.tobytes() if isinstance(item, Image.Image) else str(item).encode())
+        try:
+            item = images.items[index]
+            digest.update(item.tobytes() if isinstance(item, Image.Image) else str(item).encode())
+        except OSError:  # it cannot be read, which is told when it should be
+            digest.update(b"unreadable")
     return {f"{len(images)} images": digest.hexdigest()}
 
 

@@ -29,7 +29,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and _LOADER_DIED.search(text):
         return f"{first} Often the memory ran out: use fewer --num-workers; pretrain.py continues with --resume"
     if isinstance(error, RuntimeError) and _OTHER_PROCESS_LEFT.search(text):
-        return "another process of this command ended; what it says is the cause"
+        return "another process of this command ended: what it said, or else what torchrun says of it, is the cause"
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
         return f"{text}; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else text

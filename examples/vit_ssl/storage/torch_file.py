@@ -39,7 +39,7 @@ def read_torch_file(path: Path, *, safe: Sequence[Any] = ()) -> Any:
         with torch.serialization.safe_globals(list(safe)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        lines = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines() or ["nothing"]
         reason = next((line for line in lines if "GLOBAL" in line), lines[0])  # which names the object
         raise UnreadableFile(
             f"{path} holds objects whose unpickling can run code, and is not opened. If you trust it, save its "
