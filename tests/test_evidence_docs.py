@@ -95,3 +95,12 @@ def test_making_the_tables_changes_nothing_between_them(monkeypatch) -> None:
         == page.replace("| old |", "").split()
     )
     assert report.rendered(made) == made
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """The two contenders vary far more between seeds than from each other; seed 2 has only one of them."""
+    ours = [{"arm": "vMF, responsibilities", "seed": seed, "knn": 0.1 * seed + 0.01} for seed in (0, 1, 2)]
+    theirs = [{"arm": "none, probability", "seed": seed, "knn": 0.1 * seed + 0.002 * seed} for seed in (0, 1)]
+    lines = image_tables.pairs({"rows": ours + theirs}).splitlines()
+    assert lines[2] == "| vMF, responsibilities | none, probability | 2 | +0.90±0.10 |"
+    assert lines[3] == "| none, probability | none, logit | 0 | – |"

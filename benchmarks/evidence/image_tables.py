@@ -9,6 +9,14 @@ from benchmarks.evidence.summary import select, table, text
 from benchmarks.fashion.train import Settings
 
 BASELINE = "none, logit"
+PAIRS = (
+    ("vMF, responsibilities", "none, probability"),
+    ("none, probability", "none, logit"),
+    ("L2, probability", "L2, logit"),
+    ("vMF, responsibilities", "vMF, logit"),
+    ("vMF, responsibilities", "vMF, scores"),
+)
+"""What the constant changes, what the place of the centre changes within each normalisation, and its reading."""
 
 
 def table_1(result: dict[str, Any]) -> str:
@@ -38,6 +46,17 @@ def table_1(result: dict[str, Any]) -> str:
         spread = text([row["kappa_spread"] for row in own])
         lines.append((arm, str(len(own)), text([row["knn"] for row in own], scale=100), difference, *used, spread))
     return table(header, lines)
+
+
+def pairs(result: dict[str, Any]) -> str:
+    """Differences of kNN between two cells, paired by seed, with the standard error of their mean."""
+    lines = []
+    for one, other in PAIRS:
+        ours, theirs = ({row["seed"]: row["knn"] for row in select(result["rows"], arm=arm)} for arm in (one, other))
+        seeds = sorted(ours.keys() & theirs.keys())
+        difference = text([ours[seed] - theirs[seed] for seed in seeds], scale=100, signed=True)
+        lines.append((one, other, str(len(seeds)), difference))
+    return table(("", "minus", "seeds", "kNN, points"), lines)
 
 
 def by_fifth(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.evidence import image_tables
-from benchmarks.evidence.image_tables import by_fifth, table_1
+from benchmarks.evidence.image_tables import by_fifth, pairs, table_1
 from benchmarks.evidence.mixture_tables import kappa, other_problems, readings, stability, summary
 
 DOCS = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -20,6 +20,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "kappa": ("mixture_norms", kappa),
     "stability": ("mixture_stability", stability),
     "table_1": ("fashion_table", table_1),
+    "pairs": ("fashion_table", pairs),
     "by_fifth": ("fashion_table", by_fifth),
     "photos": ("photos_table", table_1),
     "photos_by_fifth": ("photos_table", by_fifth),

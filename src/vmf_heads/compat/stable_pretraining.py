@@ -262,8 +262,8 @@ class iBOTPatchLoss(nn.Module):
     ) -> Tensor:
         """The teacher's assignments (M, K) by Sinkhorn-Knopp over all ranks; `num_samples` cancels."""
         self._heads.check_outputs(teacher_patch_tokens)
-        logits = at_least_float32(teacher_patch_tokens) / positive("teacher_temp", teacher_temp)
-        return sinkhorn_knopp(logits, n_iterations, self.process_group)
+        temperature = positive("teacher_temp", teacher_temp)
+        return sinkhorn_knopp(teacher_patch_tokens, n_iterations, self.process_group, temperature=temperature)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_heads": AttachedHeads(self.student_temp, fused=False)}  # not attached
