@@ -49,7 +49,7 @@ def test_the_readme_shows_the_result_of_the_demo() -> None:
     block = re.search(r"<!-- demo-table -->\n(.*?)<!-- /demo-table -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block
     for row in ("pixels", "random", "DINO", "DINO-vMF"):
-        assert re.search(rf"^\|[^|]*{row}[^|]*(\|[^|]*\d[^|]*)+\|", block[1], re.MULTILINE), row
+        assert re.search(rf"^\|[^|]*{row}[^|]*\|.*(\d\d\.\d ± \d\.\d \| ?){{4}}", block[1], re.MULTILINE), row
 
 
 def test_the_lines_to_change_are_those_of_the_diffs() -> None:
