@@ -104,6 +104,13 @@ def features_of(output: Tensor | HeadOutput) -> Tensor:
     return output.features if isinstance(output, HeadOutput) else output
 
 
+def check_not_empty(name: str, output: Tensor | HeadOutput) -> None:
+    """Raise ValueError if `output` has no rows: the loss is a mean over images, and that of none is NaN."""
+    shape = tuple(features_of(output).shape)
+    if not shape or 0 in shape:
+        raise ValueError(f"`{name}` (of shape {shape}) must hold at least one image: the loss is a mean over images")
+
+
 def with_prototypes(output: Tensor | HeadOutput, layer: PrototypeLayer) -> HeadOutput:
     """`output` with the prototypes it belongs to, which are read from the layer when they did not come along."""
     return output if isinstance(output, HeadOutput) else layer.with_features(output)
@@ -140,6 +147,22 @@ class AttachedLoss(nn.Module):
     def center(self) -> Any:
         """The buffer of the original loss, with logit centring only."""
         return self.centering.center
+
+    @property
+    def log_center(self) -> Any:
+        """The centre of Eq. 9 (K,), under its name in the state dict, with probability centring only."""
+        return self.centering.log_center
+
+    @property
+    def logit_center(self) -> Any:
+        """A DINO centre (K,) that was loaded and waits for its conversion, or None; with probability centring only."""
+        return self.centering.logit_center
+
+    def reset_parameters(self) -> None:
+        """Centres of 0 and nothing accumulated, as the constructor leaves them; also after `to_empty`."""
+        for centering in self.children():
+            if isinstance(centering, Centering):
+                centering.reset_parameters()
 
     def attach(self, student: nn.Module, teacher: nn.Module, head: str | None = None) -> None:
         """Find the head in `student` and in `teacher` (through DDP, FSDP or compile) and take over their temperatures.

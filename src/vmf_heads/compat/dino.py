@@ -26,7 +26,7 @@ from ..centering import make_centering
 from ..cross_entropy import dino_pairs
 from ..head import VMFPrototypeHead
 from ..prototypes import HeadOutput
-from ._attached import AttachedLoss, TeacherSide, features_of, with_prototypes
+from ._attached import AttachedLoss, TeacherSide, check_not_empty, features_of, with_prototypes
 from ._temperature import temperature_at, temperature_schedule
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ class DINOLoss(AttachedLoss):
                 f"`student_output` (of {student_rows} rows) must have `ncrops` (={self.ncrops}) rows per image and "
                 f"`teacher_output` (of {teacher_rows} rows) 2, crop by crop"
             )
+        check_not_empty("teacher_output", teacher_output)
         teacher, side = self._read(teacher_output, epoch)
         if isinstance(teacher, HeadOutput):
             student = with_prototypes(student_output, self._attached()[0].last_layer)

@@ -25,7 +25,7 @@ from torch import Tensor
 from .._checks import positive
 from .._matmul import at_least_float32
 from ..head import VMFPrototypeHead
-from ._attached import SingleCenterLoss
+from ._attached import SingleCenterLoss, check_not_empty
 from ._sinkhorn import sinkhorn_knopp
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ class DINOLoss(_LateCenterLoss):
                 f"`teacher_out_softmaxed_centered_list` (of shapes {[tuple(t.shape) for t in teacher]}) must hold the "
                 f"shapes of `student_output_list` (={[tuple(s.shape) for s in student_output_list]})"
             )
+        check_not_empty("teacher_out_softmaxed_centered_list", teacher[0])
         targets = sum(teacher[1:], start=teacher[0])  # each student's crop meets every target
         total = targets.new_zeros(())
         for logits in student_output_list:
@@ -257,6 +258,7 @@ class iBOTPatchLoss(_LateCenterLoss):
                 f"`student_masks_flat` (of shape {tuple(student_masks_flat.shape)}) must be "
                 f"(B, N) of `student_patch_tokens` (={tuple(student_patch_tokens.shape[:-1])})"
             )
+        check_not_empty("student_masks_flat", student_masks_flat)
         mask = student_masks_flat.float()
         losses = self._cross_entropy("student_patch_tokens", student_patch_tokens, teacher_patch_tokens)
         return ((losses * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1.0)).mean()
@@ -274,6 +276,7 @@ class iBOTPatchLoss(_LateCenterLoss):
         `n_masked_patches`: the rows that are patches, the rest is padding. `masks_weight` (M,): 1 over the number of
         masked patches of the patch's image, computed from the mask if None.
         """
+        check_not_empty("student_masks_flat", student_masks_flat)
         losses = self._cross_entropy(
             "student_patch_tokens_masked", student_patch_tokens_masked, teacher_patch_tokens_masked
         )

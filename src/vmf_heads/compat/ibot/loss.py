@@ -12,7 +12,7 @@ from ..._checks import at_least
 from ..._matmul import at_least_float32
 from ...centering import Centering, make_centering
 from ...cross_entropy import dino_pairs
-from .._attached import AttachedLoss, TeacherSide, features_of, with_prototypes
+from .._attached import AttachedLoss, TeacherSide, check_not_empty, features_of, with_prototypes
 from .._temperature import temperature_at, temperature_schedule
 from .head import iBOTHead
 from .tokens import Output, Tokens, check_shapes
@@ -148,6 +148,16 @@ class iBOTLoss(AttachedLoss):
         """The buffer of the original loss for patches, with logit centring only."""
         return self.centering2.center
 
+    @property
+    def log_center2(self) -> Any:
+        """The centre of Eq. 9 for patches (K2,), under its name in the state dict, with probability centring only."""
+        return self.centering2.log_center
+
+    @property
+    def logit_center2(self) -> Any:
+        """`logit_center` of the patches."""
+        return self.centering2.logit_center
+
     def forward(
         self,
         student_output: tuple[Output, Output],
@@ -170,6 +180,7 @@ class iBOTLoss(AttachedLoss):
         columns = ("out_dim", self.out_dim), ("patch_out_dim", self.patch_out_dim)
         if self.fused:
             columns = (("bottleneck_dim", self._attached()[1].bottleneck_dim),) * 2
+        check_not_empty("teacher_output[0]", teacher.cls)
         check_shapes(student, teacher, student_mask, self.ngcrops, self.ncrops, columns)
         mask = torch.cat([view.flatten(1) for view in student_mask[: self.ngcrops]]).double()  # (ngcrops * B, N)
         # The mean over the masked patches of a view of an image, then over views and images.

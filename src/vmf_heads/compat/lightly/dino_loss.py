@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._checks import at_least, one_of, positive
 from ..._matmul import at_least_float32, without_autocast
-from .._attached import SingleCenterLoss
+from .._attached import SingleCenterLoss, check_not_empty
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,7 +80,9 @@ class DINOLoss(SingleCenterLoss):
         )
         self.teacher_temp = positive("teacher_temp", teacher_temp)
         self.warmup_teacher_temp_epochs = at_least("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0)
-        self.teacher_temp_schedule = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        self.teacher_temp_schedule = torch.linspace(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, device="cpu"
+        )
 
     def forward(
         self,
@@ -103,6 +105,7 @@ class DINOLoss(SingleCenterLoss):
             )
         temperature = self._temperature(teacher_temp, epoch)
         scores = torch.stack(list(teacher_out))  # (t, B, K)
+        check_not_empty("teacher_out", scores)
         targets = self._targets("teacher_out", scores, temperature)
         logits = at_least_float32(torch.stack(list(student_out)))  # (s, B, K)
         if logits.shape[1:] != scores.shape[1:]:

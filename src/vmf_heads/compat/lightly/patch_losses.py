@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._checks import at_least, one_of, positive
 from ..._matmul import at_least_float32
-from .._attached import SingleCenterLoss
+from .._attached import SingleCenterLoss, check_not_empty
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,6 +99,7 @@ class IBOTPatchLoss(SingleCenterLoss):
             raise ValueError(f"`teacher_out` (of shape {tuple(teacher_out.shape)}) must be (N, {self.num_prototypes})")
         if mask.dim() != 3 or mask.dtype != torch.bool:
             raise ValueError(f"`mask` (of shape {tuple(mask.shape)}, {mask.dtype}) must be (B, H, W) bool")
+        check_not_empty("mask", mask)
         weights = (1 / mask.sum(dim=(1, 2), keepdim=True).clamp(min=1)).expand_as(mask)[mask]
         if len(weights) != len(teacher_out):
             raise ValueError(
@@ -155,6 +156,7 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
                 f"`teacher_out` (of shape {tuple(teacher_out.shape)}) must be (B, N, {self.num_prototypes}), or "
                 f"(B * N, {self.num_prototypes}) together with a `mask`"
             )
+        check_not_empty("teacher_out", teacher_out)
         patches = teacher_out.shape[:-1].numel()
         if mask is not None and (mask.dtype != torch.bool or mask.numel() != patches or len(mask) == 0):
             raise ValueError(
