@@ -74,6 +74,15 @@ class PrototypeHead(nn.Module):
         """What `output` says, of backbone features `x` (..., in_dim); `temperature` overrides the head's own."""
         return self.read(self.last_layer, self.features(x), temperature)
 
+    def reset_parameters(self) -> None:
+        """Initialise all layers as their constructors do: after `to_empty` of a head that was built on the meta device.
+
+        Loops that call `reset_parameters` of every module find the same in the layers themselves.
+        """
+        for layer in self.modules():
+            if layer is not self and callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
+
     def features(self, x: Tensor) -> Tensor:
         """The unit features y (..., p), in float32 or more, of backbone features `x` (..., in_dim)."""
         if x.shape[-1:] != (self.in_dim,):

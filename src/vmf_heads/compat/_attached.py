@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 CENTER_OPTIONS = ("centering", "center_on", "center_start", "process_group")
 
 
+def check_not_empty(name: str, output: Tensor | HeadOutput) -> None:
+    """Raise ValueError if `output` has no rows: the loss is a mean over images, and that of none is NaN."""
+    shape = tuple(features_of(output).shape)
+    if not shape or 0 in shape:
+        raise ValueError(f"`{name}` (of shape {shape}) must hold at least one image: the loss is a mean over images")
+
+
 class AttachedLoss(RenamedState):
     """A loss that works on what the heads of a student and a teacher return, and owns their temperatures.
 

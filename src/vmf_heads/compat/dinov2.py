@@ -30,7 +30,7 @@ from .._matmul import at_least_float32
 from ..head import VMFPrototypeHead
 from ..prototypes import HeadOutput
 from ..teacher import features_of
-from ._attached import rows_of
+from ._attached import check_not_empty, rows_of
 from ._late_center import LateCenterLoss
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ class DINOLoss(LateCenterLoss):
                 f"`teacher_out_softmaxed_centered_list` (of shapes {[tuple(t.shape) for t in targets]}) must hold the "
                 f"shapes of `student_output_list` (={[tuple(s.shape) for s in logits]})"
             )
+        check_not_empty("teacher_out_softmaxed_centered_list", teacher[0])
         if self.fused:
             rows = torch.arange(len(targets) * len(targets[0]), device=targets[0].device).view(len(targets), -1).T
             weights = rows.new_full((len(logits) * len(rows), len(targets)), 1 / len(rows), dtype=torch.float64)
@@ -264,6 +265,7 @@ class iBOTPatchLoss(LateCenterLoss):
                 f"(B, N) of `student_patch_tokens` (={tuple(shape[:-1])})"
             )
         self._check_same("student_patch_tokens", student_patch_tokens, teacher_patch_tokens)
+        check_not_empty("student_masks_flat", student_masks_flat)
         mask = student_masks_flat.float()
         per_image = mask.sum(dim=-1, keepdim=True).clamp(min=1.0)
         if self.fused:
@@ -289,6 +291,7 @@ class iBOTPatchLoss(LateCenterLoss):
         masked patches of the patch's image, computed from the mask if None. With fused=True logits and targets are
         features (M, p).
         """
+        check_not_empty("student_masks_flat", student_masks_flat)
         name = "student_patch_tokens_masked"
         self._check_same(name, student_patch_tokens_masked, teacher_patch_tokens_masked)
         if masks_weight is None:

@@ -13,7 +13,7 @@ from ..._matmul import at_least_float32, without_autocast
 from ...cross_entropy import dino_pairs
 from ...prototypes import HeadOutput
 from ...teacher import features_of
-from .._attached import SingleCenterLoss, joined
+from .._attached import SingleCenterLoss, check_not_empty, joined
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -98,7 +98,9 @@ class DINOLoss(SingleCenterLoss):
         )
         self.teacher_temp = positive("teacher_temp", teacher_temp)
         self.warmup_teacher_temp_epochs = at_least("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0)
-        self.teacher_temp_schedule = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        self.teacher_temp_schedule = torch.linspace(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, device="cpu"
+        )
 
     def forward(
         self,
@@ -124,6 +126,7 @@ class DINOLoss(SingleCenterLoss):
         temperature = self._temperature(teacher_temp, epoch)
         teacher = torch.stack([features_of(view) for view in teacher_out])  # (t, B, K), or (t, B, p) of features
         student = torch.stack([features_of(view) for view in student_out])
+        check_not_empty("teacher_out", teacher)
         self._check_columns("teacher_out", teacher)
         if student.shape[1:] != teacher.shape[1:]:
             raise ValueError(

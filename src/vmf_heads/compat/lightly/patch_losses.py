@@ -12,7 +12,7 @@ from ..._matmul import at_least_float32
 from ...centering import ProbabilityCentering
 from ...prototypes import HeadOutput
 from ...teacher import features_of
-from .._attached import SingleCenterLoss, joined
+from .._attached import SingleCenterLoss, check_not_empty, joined
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,6 +29,11 @@ class Center:
         """The centre: `log_center` (K,) with probability centring, `center` (1, K) with logit centring."""
         centering = self._loss.centering
         return centering.log_center if isinstance(centering, ProbabilityCentering) else centering.center
+
+    @property
+    def center(self) -> Any:
+        """The buffer, with logit centring only; in the state dict it is `center.center`."""
+        return self._loss.centering.center
 
     def update(self) -> None:
         """`update_center` of the loss."""
@@ -139,6 +144,7 @@ class IBOTPatchLoss(SingleCenterLoss):
             raise ValueError(f"`teacher_out` (of shape {tuple(teacher.shape)}) must be (N, {self._columns})")
         if mask.dim() != 3 or mask.dtype != torch.bool:
             raise ValueError(f"`mask` (of shape {tuple(mask.shape)}, {mask.dtype}) must be (B, H, W) bool")
+        check_not_empty("mask", mask)
         weights = (1 / mask.sum(dim=(1, 2), keepdim=True).clamp(min=1).double()).expand_as(mask)[mask]
         if len(weights) != len(teacher):
             raise ValueError(
@@ -216,6 +222,7 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
                 f"`teacher_out` (of shape {tuple(shape)}) must be (B, N, {self._columns}), or "
                 f"(B * N, {self._columns}) together with a `mask`"
             )
+        check_not_empty("teacher_out", teacher_out)
         patches = shape[:-1].numel()
         if mask is not None and (mask.dtype != torch.bool or mask.numel() != patches or len(mask) == 0):
             raise ValueError(
