@@ -63,7 +63,7 @@ LAYERS = [
     ["prototypes", "optim", "head", "centering"],
     ["_chunked", "cross_entropy", "report"],
     ["mixture.concentration", "mixture._sampling", "mixture.distribution", "mixture._ranks", "mixture._seeding"],
-    ["mixture._steps", "mixture.online", "mixture.fit", "mixture"],
+    ["mixture._steps", "mixture.online", "mixture.fit", "mixture.scores", "mixture"],
     ["", "compat", "compat._sinkhorn", "compat._temperature", "compat.convert"],
     ["compat._attached"],
     ["compat.dino", "compat.dinov2", "compat.dinov3", "compat.msn"],

@@ -4,5 +4,14 @@ from .concentration import vmf_concentration
 from .distribution import VMFMixture
 from .fit import MixtureFit, fit_vmf_mixture
 from .online import OnlineEM
+from .scores import DensityScores, density_scores
 
-__all__ = ["MixtureFit", "OnlineEM", "VMFMixture", "fit_vmf_mixture", "vmf_concentration"]
+__all__ = [
+    "DensityScores",
+    "MixtureFit",
+    "OnlineEM",
+    "VMFMixture",
+    "density_scores",
+    "fit_vmf_mixture",
+    "vmf_concentration",
+]

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,11 @@ from .distribution import VMFMixture
 def spread_out(points: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`count` of the unit vectors (N, p), and the cosine (N,) of each point to the nearest of them.
 
-    The first is drawn uniformly, each of the others with a probability proportional to 1 - cosine to the nearest one
-    that is drawn already: half the squared distance, as in [1].
+    The first is drawn uniformly. For each of the others a few candidates are drawn, with a probability proportional to
+    1 - cosine to the nearest one that is chosen already, which is half the squared distance of [1]; the candidate that
+    brings the points nearest is chosen, as in scikit-learn.
     """
+    trials = 2 + int(math.log(count))
     choice = int(torch.randint(len(points), (1,), generator=generator))
     chosen = [choice]
     cosine = points @ points[choice]
@@ -26,9 +30,11 @@ def spread_out(points: Tensor, count: int, generator: torch.Generator) -> tuple[
         distance[chosen] = 0  # rounding would let a point be drawn twice
         if not distance.sum() > 0:  # fewer distinct points than components
             distance = torch.ones_like(distance)
-        choice = int(torch.multinomial(distance, 1, generator=generator))
-        chosen.append(choice)
-        torch.maximum(cosine, points @ points[choice], out=cosine)
+        candidates = torch.multinomial(distance, trials, replacement=True, generator=generator)
+        closer = torch.maximum(points @ points[candidates.to(points.device)].T, cosine[:, None])
+        best = int(closer.sum(dim=0).argmax())
+        chosen.append(int(candidates[best]))
+        cosine = closer[:, best].contiguous()
     return points[chosen], cosine
 
 

@@ -48,8 +48,8 @@ class OnlineEM:
     >>> truth = VMFMixture(torch.ones(2), torch.eye(8)[:2], torch.tensor([40.0, 20.0]))
     >>> online = OnlineEM(VMFMixture(torch.ones(2), torch.eye(8)[:2] + 0.3, torch.full((2,), 10.0)), max_kappa=1e4)
     >>> generator = torch.Generator().manual_seed(0)
-    >>> for _ in range(200):
-    ...     log_likelihood = online.update_(truth.sample(64, generator)[0])
+    >>> for _ in range(40):
+    ...     log_likelihood = online.update_(truth.sample(400, generator)[0])
     >>> (online.mixture.kappa / truth.kappa - 1).abs().max() < 0.1
     tensor(True)
     """
