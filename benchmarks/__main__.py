@@ -9,10 +9,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
 
 from benchmarks.augment import augment
+from benchmarks.concentration import concentration
 from benchmarks.evidence import evidence
 from benchmarks.fashion import fashion
 from benchmarks.loss import loss
 from benchmarks.mixture import mixture
+from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.step import step
 
@@ -24,6 +26,8 @@ COMMANDS = {
     "mixture": mixture,
     "fashion": fashion,
     "evidence": evidence,
+    "concentration": concentration,
+    "mixture-fit": mixture_fit,
 }
 
 if __name__ == "__main__":
