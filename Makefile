@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch
 
 BIN := .venv/bin
+SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile # the files of tests, shared out to the cores
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -24,10 +25,10 @@ demo: $(INSTALLED) ## pretrain with DINO and DINO-vMF on photographs, evaluate, 
 	@$(BIN)/python examples/vit_ssl/demo.py --output runs/demo
 
 test: $(INSTALLED) ## run all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SHARED)
 
 test-fast: $(INSTALLED) ## run the tests that take less than ten seconds each
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 coverage: $(INSTALLED) ## run the tests of the library, and list the lines of src/ that none of them reaches
 	@$(BIN)/coverage erase

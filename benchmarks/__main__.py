@@ -11,11 +11,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
 from benchmarks.augment import augment
 from benchmarks.concentration import concentration
 from benchmarks.evidence import evidence
-from benchmarks.fashion import fashion
+from benchmarks.fashion import fashion, fashion_stability
+from benchmarks.faults import faults
 from benchmarks.loss import loss
 from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
+from benchmarks.photos import photos
 from benchmarks.step import step
 
 COMMANDS = {
@@ -25,9 +27,12 @@ COMMANDS = {
     "step": step,
     "mixture": mixture,
     "fashion": fashion,
+    "fashion-stability": fashion_stability,
+    "photos": photos,
     "evidence": evidence,
     "concentration": concentration,
     "mixture-fit": mixture_fit,
+    "faults": faults,
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from data.augment import MultiCrop
 from data.images import PHOTOS, load_photo
 
 SIZE = (500, 375)
-"""A common size of ImageNet's photographs, in px."""
+"""This is a common size of ImageNet's photographs, in px."""
 
 # Each stage adds one kind of work to the one before, so that differences of times are shares.
 OFF: dict[str, Any] = {"color_strength": 0.0, "grayscale_prob": 0.0, "blur_strength": 0.0, "solarize_prob": 0.0}

@@ -33,7 +33,7 @@ NORM_SPEED = 3.0
 """The norms learn this much faster than the directions: 1500 steps are a small part of a pretraining."""
 
 STARTS = 20
-"""Of the maximum-likelihood fit; the best is kept."""
+"""The maximum-likelihood fit starts this many times, and the best fit is kept."""
 
 METHODS = {
     "DINO": {"normalizer": "none", "centering": "logit"},

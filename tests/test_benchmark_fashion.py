@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import results
-from benchmarks.fashion import data, run
+from benchmarks.fashion import data, run, stability
 from benchmarks.fashion.data import random_crops
 from benchmarks.fashion.evaluate import evaluate, nearest_neighbours
-from benchmarks.fashion.train import Settings, train
+from benchmarks.fashion.train import Settings, Trained, train
 
 TINY = Settings(steps=3, batch=8, prototypes=12, bottleneck=4, hidden=8, widths=(4, 4, 4), warmup=1)
 
@@ -66,6 +67,10 @@ def test_every_cell_trains_and_only_free_norms_move(folder: Path, options: dict)
     assert len(trained.losses) == TINY.steps
     assert sum(found["knn_by_fifth"]) / 5 == pytest.approx(found["knn"])
     assert (found["kappa_min"] < found["kappa_max"]) is (options["normalization"] != "l2")
+    assert len(found["used_over_time"]) == TINY.steps
+    assert all(1 / 12 <= share <= 1 for share in found["used_over_time"])
+    for unique, largest in zip(found["unique"], found["largest_set"], strict=True):
+        assert 1 / 12 <= largest <= 1 + 1 / 12 - unique + 1e-9, "those outside the largest set, and one of it, at most"
     assert trained.teacher.head.normalizer == ("vmf" if options["normalization"] == "vmf" else "none")
 
 
@@ -81,3 +86,35 @@ def test_the_command_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monk
     assert [(row["seed"], row["arm"]) for row in found["rows"]] == [(seed, arm) for seed in (0, 1) for arm in arms]
     assert 0 <= found["raw_pixels_knn"] <= 1
     assert len(found["untrained_knn"]) == 2
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_is_reported(folder: Path, monkeypatch) -> None:
+    images = data.load(folder)["train"]
+    quiet = stability.quietness(train(TINY, images, seed=0))
+    assert (quiet["finite"], quiet["steps_done"]) == (True, TINY.steps)
+    assert 0.9 < quiet["largest_norm"] < 1.2
+    assert math.isfinite(quiet["largest_gradient"])
+    broken = stability.quietness(train(dataclasses.replace(TINY, lr=1e30), images, seed=0))
+    assert (broken["finite"], broken["steps_done"], broken["spike"]) == (False, 2, None)
+
+
+def test_a_rise_of_the_loss_is_seen() -> None:
+    losses = [2.0] * 150 + [5.0] * 20 + [2.0] * 130
+    trained = Trained(None, None, None, losses=losses, gradients=[1.0], largest_norm=[2.0, 3.0])
+    found = stability.quietness(trained)
+    assert (found["spike"], found["largest_norm"]) == (pytest.approx(3.0), 3.0)
+
+
+def test_the_stability_grid_runs_every_change_for_every_contender(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    settings = [Settings(**run.ARMS[arm], **change) for arm in stability.COMPARED for change in stability.CHANGES]
+    assert len(set(settings)) == len(stability.COMPARED) * len(stability.CHANGES)
+    monkeypatch.setattr(stability, "Settings", lambda **options: dataclasses.replace(TINY, **options | {"steps": 2}))
+    monkeypatch.setattr(stability, "CHANGES", ({}, {"clip": 0.0}))
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    for seeds in ((0,), (0, 1)):  # the second time, what is there is not done again
+        stability.fashion_stability(seeds=seeds, changes=(0, 1), data=folder, output=tmp_path)
+    rows = json.loads(next((tmp_path / "results").iterdir()).read_text())["rows"]
+    assert [(row["seed"], row["clip"], row["arm"]) for row in rows] == [
+        (seed, clip, arm) for seed in (0, 1) for clip in (3.0, 0.0) for arm in stability.COMPARED
+    ]
+    assert len((tmp_path / "fashion_stability.jsonl").read_text().splitlines()) == len(rows)

@@ -70,7 +70,7 @@ def two_headed() -> nn.Module:
     [
         (nn.Linear(2, 2), models()[1], r"`student` \(a Linear\) must contain exactly one prototype head.*none"),
         (models()[0], nn.Linear(2, 2), r"`teacher` \(a Linear\) must contain exactly one prototype head.*none"),
-        (two_headed(), models()[1], r"`student` \(a ModuleDict\) must .* it contains 2: 'cls', 'patch'"),
+        (two_headed(), models()[1], r"`student` \(a ModuleDict\) must .* 2: pass `head=`, one of 'cls', 'patch'"),
         (models()[0], models(normalizer="none")[1], r"`normalizer` of the teacher's head \(='none'\) must be .*'vmf'"),
     ],
 )
@@ -86,7 +86,7 @@ def test_attach_looks_in_the_outermost_submodule_of_that_name():
         model.backbone = nn.ModuleDict({"head": nn.Identity()})
     loss = dino_loss()
     loss.attach(*pair, head="head")
-    assert loss._heads == (pair[0].head, pair[1].head)
+    assert loss.teacher.heads == (pair[0].head, pair[1].head)
 
 
 def test_a_head_cannot_be_student_and_teacher():

@@ -150,11 +150,11 @@ def test_exact_heads_stay_exact_under_autocast(call: str, exact: bool, monkeypat
     loss = dino_loss(fused=True)
     loss.attach(student, teacher)
     x = crops()
-    outputs = [teacher(x[: 2 * 5])] if call != "forward" else [student(x).detach(), teacher(x[: 2 * 5])]
     results = []
     for enabled in (False, True):
         copied = copy.deepcopy(loss)
         copied.attach(student, teacher)
+        outputs = [teacher(x[: 2 * 5])] if call != "forward" else [student(x).detach(), teacher(x[: 2 * 5])]
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             result = getattr(copied, call)(*outputs, 0)
         results.append(copied.state_dict()["log_center"] if result is None else result)

@@ -124,9 +124,9 @@ def test_copies_of_losses_have_the_centres_and_are_not_attached(copy_of):
     ("student", "teacher", "message"),
     [
         (nn.Linear(2, 2), models()[1], r"`student` \(a Linear\) must contain exactly one prototype head.*none"),
-        (dino_models()[0], models()[1], r"the head in `student` \(a VMFPrototypeHead\) must be a .*iBOTHead"),
+        (dino_models()[0], models()[1], r"`student` .* must have prototypes called 'last_layer2'"),
         (models()[0], models(normalizer="none")[1], r"`normalizer` of the teacher's head \(='none'\) must be .*'vmf'"),
-        (models("none shared")[0], models()[1], r"`num_patch_prototypes` of the student's head \(=20\) must .*24"),
+        (models("none shared")[0], models()[1], r"`last_layer2.num_prototypes` of the student's head \(=20\).*24"),
     ],
 )
 def test_attach_refuses(student, teacher, message):

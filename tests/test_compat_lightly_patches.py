@@ -130,12 +130,18 @@ def test_ibot_plus_plus_in_its_other_shapes():
 
 @BOTH
 @LOSSES
-def test_accumulated_micro_batches_make_one_update(kind, centering):
+@pytest.mark.parametrize("at_the_end", [None, "loss", "center"])
+def test_accumulated_micro_batches_make_one_update(at_the_end, kind, centering):
     student, teacher = heads()
     whole, parts = (attached(kind, student, teacher, centering=centering) for _ in range(2))
     patches, mask = batch()
-    for images, commit in ((slice(0, 2), False), (slice(2, 5), True)):
-        of_loss(kind, parts, student, teacher, patches[images], mask[images], commit=commit)
+    for images, last in ((slice(0, 2), False), (slice(2, 5), True)):
+        now = last and at_the_end is None
+        of_loss(kind, parts, student, teacher, patches[images], mask[images], update_center=now)
+    if at_the_end == "loss":
+        parts.update_center()
+    elif at_the_end == "center":
+        parts.center.update()
     of_loss(kind, whole, student, teacher, patches, mask)
     torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-5, atol=1e-7)
 

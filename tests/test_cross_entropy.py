@@ -168,22 +168,34 @@ def test_gradients_are_those_of_finite_differences(same_position: bool, scales: 
     assert torch.autograd.gradcheck(loss, [tensor for tensor in arguments["student"] if tensor is not None])
 
 
-def test_the_upstream_gradient_scales_all_gradients() -> None:
-    arguments = problem(SHAPE)
+@pytest.mark.parametrize("upstream", [(1.0, 65536.0), (65536.0, 1.0), (0.5, 0.5, -3.0)], ids=str)
+@SCALES
+def test_the_upstream_gradient_scales_all_gradients(scales: bool, upstream: tuple[float, ...]) -> None:
+    """In every backward pass of a graph that is retained, although the first gives away what the forward pass made."""
+    arguments = problem(SHAPE, scales=scales)
+    plain = gradients(reference(arguments)[0], arguments)
     loss = prototype_cross_entropy(**arguments)[0]
-    plain = gradients(loss, arguments, retain_graph=True)
-    scaled = gradients(65536.0 * loss, arguments)
-    torch.testing.assert_close(scaled, {name: 65536.0 * gradient for name, gradient in plain.items()})
+    passes = [gradients(factor * loss, arguments, retain_graph=True) for factor in upstream]
+    for factor, scaled in zip(upstream, passes, strict=True):
+        torch.testing.assert_close(scaled, {name: factor * gradient for name, gradient in plain.items()})
+
+
+def test_a_gradient_that_was_written_to_is_not_given_away_again() -> None:
+    arguments = problem(SHAPE, scales=True)
+    loss = prototype_cross_entropy(**arguments)[0]
+    gradients(2 * loss, arguments, retain_graph=True)["directions"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_gradients_accumulate_over_backward_calls() -> None:
     arguments = problem(SHAPE, scales=True)
+    plain = gradients(reference(arguments)[0], arguments)
     loss = prototype_cross_entropy(**arguments)[0]
-    once = gradients(loss, arguments, retain_graph=True)
-    loss.backward(retain_graph=True)
-    loss.backward(torch.tensor(2.0, dtype=torch.float64))
+    for factor in (0.5, 0.5, 2.0):
+        loss.backward(torch.tensor(factor, dtype=torch.float64), retain_graph=True)
     accumulated = [tensor.grad for tensor in arguments["student"]]
-    torch.testing.assert_close(accumulated, [3 * gradient for gradient in once.values()])
+    torch.testing.assert_close(accumulated, [3 * gradient for gradient in plain.values()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

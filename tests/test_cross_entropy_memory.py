@@ -49,9 +49,10 @@ class NewTensors(TorchDispatchMode):
     [([], 1), (["scales"], 1), (["directions"], 1), (["directions", "scales"], 0)],
     ids=str,
 )
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
 @SAME_POSITION
 def test_of_directions_and_scales_only_the_gradient_of_directions_is_made(
-    same_position: bool, frozen: list[str], made: int, monkeypatch: pytest.MonkeyPatch
+    same_position: bool, upstream: float, frozen: list[str], made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vmf_heads._memory.CACHE_BYTES", 4 * 16 * 30)
     arguments = problem(shape(same_position, p=16), scales=True, same_position=same_position)
@@ -61,8 +62,8 @@ def test_of_directions_and_scales_only_the_gradient_of_directions_is_made(
     with NewTensors((K, 16)) as new:
         loss = prototype_cross_entropy(**arguments, batch_chunk_size=4)[0]
     assert len(new.addresses) == made
-    loss.backward()
-    if "directions" not in frozen:  # it is what the forward pass made, and no copy
+    (upstream * loss).backward()
+    if "directions" not in frozen:  # it is what the forward pass made, and no copy, whatever a GradScaler does
         assert [student.directions.grad.data_ptr()] == new.addresses
     with NewTensors((K, 16)) as new:
         reference(arguments)

@@ -32,6 +32,19 @@ def dino_problem(norm: float, device: str = "cpu", *, k: int = 4096, images: int
     return arguments | {"teacher_rows": teacher_rows, "weights": weights.float()}
 
 
+def confident_problem(noise: float) -> dict[str, Any]:
+    """Every crop of an image lies near the same prototype, of norm 2, for student and teacher; the noise as long."""
+    arguments = dino_problem(2.0)
+    directions = torch.nn.functional.normalize(arguments["student"].directions.detach(), dim=1)
+    for name in ("student", "teacher"):
+        features = arguments[name].features
+        with torch.no_grad():
+            nearest = directions[37 * (torch.arange(len(features)) % 16)]
+            features.copy_(torch.nn.functional.normalize(nearest + noise * features, dim=1))
+            arguments[name].directions.copy_(2 * directions)
+    return arguments
+
+
 def results(loss: Tensor, arguments: dict[str, Any], *, scale: float = 1.0) -> dict[str, Tensor]:
     scaled = {name: gradient / scale for name, gradient in gradients(scale * loss, arguments).items()}
     return {"loss": loss.detach()} | scaled
@@ -101,6 +114,21 @@ def test_half_precision_products_are_as_exact_as_those_of_the_plain_loss(
         assert fused[name] <= plain[name] * HALF_MARGIN + 1e-6, (fused, plain)
     # The errors of the loss, a sum over all rows, largely cancel, and how far they do is luck.
     assert fused["loss"] <= max(plain["loss"], torch.finfo(dtype).eps / 32), (fused, plain)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("noise", "about"), [(0.3, 0.001), (0.8, 0.01), (1.2, 0.3)])
+def test_confident_predictions_in_half_precision(noise: float, about: float, dtype: torch.dtype) -> None:
+    """P and T are rounded apart, and nearly the same: what is left of them must be as exact as in the plain loss."""
+    arguments = confident_problem(noise)
+    exact = results(reference(arguments)[0], arguments)
+    assert about / 3 < exact["loss"] < 3 * about
+    with products_in(dtype):
+        fused = errors(results(prototype_cross_entropy(**arguments)[0], arguments), exact)
+        plain = errors(results(loss_of_scores(arguments), arguments, scale=2.0**14), exact)
+    for name in ("features", "directions"):
+        assert fused[name] <= plain[name] * HALF_MARGIN + 1e-6, (fused, plain)
+    assert fused["loss"] <= max(plain["loss"], torch.finfo(dtype).eps), (fused, plain)
 
 
 def loss_of_scores(arguments: dict[str, Any]) -> Tensor:

@@ -1,11 +1,13 @@
 """docs/evidence.md shows what the result files hold, and its conclusions are theirs."""
 
+import dataclasses
 import math
 
 import pytest
 from benchmarks import results
-from benchmarks.evidence import figures, report
+from benchmarks.evidence import figures, image_tables, report
 from benchmarks.evidence.summary import mean_and_error, select, table, text
+from benchmarks.fashion.train import Settings
 
 
 def test_the_page_shows_the_committed_results() -> None:
@@ -42,18 +44,42 @@ def test_the_pictures_are_drawn_from_result_files(tmp_path, monkeypatch) -> None
     rows = [
         {"p": 16, "prototypes": 64, "norm_decay": 0.0, "norm_speed": speed, "arm": arm, "seed": seed}
         | {"used_by_logits": 0.5 + 0.1 * seed, "purity": 0.9, "rank_correlation": None if seed else 0.5}
-        | {"knn_by_fifth": [0.7, 0.7, 0.8, 0.8, 0.9 + 0.01 * seed]}
+        | {"knn_by_fifth": [0.7, 0.7, 0.8, None, 0.9 + 0.01 * seed]}
         for speed in (1.0, 3.0)
         for arm in figures.COLOURS
         for seed in (0, 1)
     ]
+    whole = [row | {"unique": [0.4, 0.9], "largest_set": [0.2, 0.1], "used_over_time": [0.3, 0.6]} for row in rows]
+    found = {"mixture_readings": rows, "fashion_table": rows}
+
+    def latest(name: str) -> dict:
+        if name not in found:
+            raise FileNotFoundError(name)
+        return {"rows": found[name], "cosines": [0.5, 0.9]}
+
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
-    monkeypatch.setattr(results, "latest", lambda name: {"rows": rows})
+    monkeypatch.setattr(results, "latest", latest)
+    figures.draw()  # older rows have no duplicates and no use over time, and there are no results on photographs
+    assert {path.name for path in tmp_path.iterdir()} == {"evidence_readings.svg", "evidence_fashion_figure_2.svg"}
+    found |= {"fashion_table": whole, "photos_table": whole}
     figures.draw()
     drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert set(drawn) == {"evidence_readings.svg", "evidence_figure_2.svg"}
+    kinds = [f"{images}_{kind}" for images in ("fashion", "photos") for kind in ("figure_2", "figures_6_7", "use")]
+    assert set(drawn) == {f"evidence_{kind}.svg" for kind in ("readings", *kinds)}
     for label, colour, _ in figures.COLOURS.values():
-        assert all(colour in picture for picture in drawn.values()), label
+        assert colour in drawn["evidence_readings.svg"], label
+    for name, picture in drawn.items():
+        assert "<svg" in picture, name
+
+
+def test_the_table_of_stability_counts_what_failed() -> None:
+    fine = dataclasses.asdict(Settings(lr=0.02, clip=0.0)) | {"arm": "none, logit", "finite": True, "knn": 0.8}
+    fine |= {"used_by_logits": 0.25, "spike": 0.125, "largest_norm": 3.0, "marginal_entropy": 0.9}
+    rows = [fine, fine | {"marginal_entropy": 0.05, "knn": 0.6}, fine | {"finite": False}]
+    rows.append(dataclasses.asdict(Settings()) | {"arm": "none, logit", "finite": False})
+    first, second = image_tables.stability({"rows": rows}).splitlines()[2:]
+    assert first == "| lr 0.02, no clipping | 3 | 0.25, 0.12, 3.0, 70.0, **1 not finite**, **1 collapsed** |"
+    assert second == "| none | 1 | **1 not finite** |"
 
 
 def test_making_the_tables_changes_nothing_between_them(monkeypatch) -> None:
@@ -69,3 +95,12 @@ def test_making_the_tables_changes_nothing_between_them(monkeypatch) -> None:
         == page.replace("| old |", "").split()
     )
     assert report.rendered(made) == made
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """The two contenders vary far more between seeds than from each other; seed 2 has only one of them."""
+    ours = [{"arm": "vMF, responsibilities", "seed": seed, "knn": 0.1 * seed + 0.01} for seed in (0, 1, 2)]
+    theirs = [{"arm": "none, probability", "seed": seed, "knn": 0.1 * seed + 0.002 * seed} for seed in (0, 1)]
+    lines = image_tables.pairs({"rows": ours + theirs}).splitlines()
+    assert lines[2] == "| vMF, responsibilities | none, probability | 2 | +0.90±0.10 |"
+    assert lines[3] == "| none, probability | none, logit | 0 | – |"

@@ -36,6 +36,16 @@ def test_dino_groups_keep_their_order_and_options() -> None:
     assert len(groups[0]["params"]) == len(decayed), "the caller's groups are left alone"
 
 
+def test_a_group_may_be_a_single_parameter() -> None:
+    network = model()
+    groups = [{"params": parameter, "lr": 0.1} for parameter in network.parameters()]
+    *rest, norms = separate_norms(groups, network, lr=1e-3)
+    assert norms["params"][0] is network[1].last_layer.weight_g
+    assert [len(group["params"]) for group in rest].count(0) == 1, "the group that held the norms"
+    assert sum(len(group["params"]) for group in rest) == len(groups) - 1
+    torch.optim.AdamW([*rest, norms]).step()
+
+
 def test_adamw_moves_the_norms_faster_and_does_not_decay_them() -> None:
     network = model()
     layer = network[1].last_layer

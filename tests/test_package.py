@@ -22,7 +22,10 @@ SOURCE = ROOT / "src/vmf_heads"
 # Changing a line here changes the public contract: say so in CHANGELOG.md.
 SIGNATURES = """
 HeadOutput(features, directions, scales)
-ProbabilityCentering(num_prototypes, momentum=0.9, *, center_on='responsibilities', process_group=None)
+ProbabilityCentering(num_prototypes, momentum=0.9, *, center_on='responsibilities', start='zeros', process_group=None)
+TeacherTargets(num_prototypes, student_temp=0.1, center_momentum=0.9, *, centering='probability', \
+center_on='responsibilities', center_start='zeros', center_shape=None, layer='last_layer', fused=False, \
+process_group=None)
 VMFPrototypeHead(in_dim, out_dim=65536, use_bn=False, norm_last_layer=False, nlayers=3, hidden_dim=2048, \
 bottleneck_dim=256, *, mlp_bias=True, temperature=0.1, normalizer='vmf', output='logits', float32_scores=False)
 log_vmf_normalizer(kappa, p, *, relative=False, compiled=None)
@@ -37,7 +40,8 @@ DINO_SIGNATURES = """
 DINOHead(in_dim, out_dim=65536, use_bn=False, norm_last_layer=False, nlayers=3, hidden_dim=2048, \
 bottleneck_dim=256, *, mlp_bias=True, temperature=0.1, normalizer='vmf', output='logits', float32_scores=False)
 DINOLoss(out_dim, ncrops, warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs, student_temp=0.1, \
-center_momentum=0.9, *, centering='probability', center_on='responsibilities', fused=False, process_group=None)
+center_momentum=0.9, *, centering='probability', center_on='responsibilities', center_start='zeros', fused=False, \
+process_group=None)
 """
 
 
@@ -58,15 +62,16 @@ def test_version():
 
 # From the bottom up: a module imports from rows above its own, or from its own in the order given.
 LAYERS = [
-    ["_checks", "_debye", "_distributed", "_matmul", "_memory", "_duplicates", "mlp"],
-    ["_expansion", "_compiled", "special"],
+    ["_checks", "_debye", "_distributed", "_matmul", "_memory", "_duplicates", "_state_names", "_unattached", "mlp"],
+    ["_expansion", "_lowering", "_compiled", "special"],
     ["prototypes", "optim", "head", "centering"],
-    ["_chunked", "cross_entropy", "report"],
+    ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
     ["mixture.concentration", "mixture._sampling", "mixture.distribution", "mixture._ranks", "mixture._seeding"],
     ["mixture._steps", "mixture.online", "mixture.fit", "mixture.scores", "mixture"],
     ["", "compat", "compat._sinkhorn", "compat._temperature", "compat.convert"],
-    ["compat._attached"],
-    ["compat.dino", "compat.dinov2", "compat.dinov3", "compat.msn"],
+    ["compat._attached", "compat._late_center"],
+    ["compat.dino", "compat.dinov2", "compat.dinov3", "compat.msn", "compat.solo", "compat.stable_pretraining"],
+    ["compat.esvit.view_loss", "compat.esvit.regions", "compat.esvit.region_loss", "compat.esvit"],
     ["compat.ibot.head", "compat.ibot.tokens", "compat.ibot.loss", "compat.ibot"],
     ["compat.lightly.heads", "compat.lightly.dino_loss", "compat.lightly.patch_losses", "compat.lightly"],
 ]

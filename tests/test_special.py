@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vmf_reference
 from devices import DEVICES
-from vmf_heads import _compiled, log_vmf_normalizer, vmf_mean_resultant
+from vmf_heads import _compiled, _lowering, log_vmf_normalizer, vmf_mean_resultant
 from vmf_heads._expansion import horner
 
 FUNCTIONS = [log_vmf_normalizer, vmf_mean_resultant]
@@ -155,6 +155,25 @@ def test_one_kernel_serves_every_shape_and_stride(compiled_graphs, device):
         log_vmf_normalizer(kappa, 256, compiled=True)
         log_vmf_normalizer(kappa.t() if kappa.dim() == 2 else kappa[::2], 256, compiled=True)
     assert len(compiled_graphs) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_torch_compile_traces_one_operation_in_any_dimension(function, device, compiled_graphs):
+    """The time that it takes grows with their number, and the expansion has hundreds in two dimensions."""
+    kappa = torch.linspace(0, 50, 7, dtype=torch.float64, device=device)
+    for p in (2, 17, 256):
+        function(kappa, p, compiled=True)
+    called = [str(node.target) for graph in compiled_graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert called == ["vmf_heads.expansion"] * 3
+
+
+def test_without_a_place_in_inductor_the_operations_are_traced(compiled_graphs, monkeypatch):
+    monkeypatch.setattr(_lowering, "_register", lambda: None)
+    kappa = torch.linspace(0, 50, 7)
+    got = log_vmf_normalizer(kappa, 256, compiled=True)
+    torch.testing.assert_close(got, log_vmf_normalizer(kappa, 256), rtol=0, atol=0)
+    assert len(compiled_graphs[0].graph.nodes) > 20
 
 
 @pytest.mark.slow

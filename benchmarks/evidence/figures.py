@@ -1,17 +1,21 @@
-"""The pictures of docs/evidence.md: use of the prototypes by reading, and Figure 2 of the paper."""
+"""The pictures of docs/evidence.md: use of the prototypes by reading, and Figures 2, 6 and 7 of the paper."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import results
 from benchmarks.evidence.summary import Rows, mean_and_error, select
+from reporting.several_runs import charts
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 COLOURS = {
     "none, logit": ("plain DINO", "#c0392b", "s"),
-    "vMF, scores": ("vMF, centre on scores", "#e08a1e", "^"),
     "vMF, responsibilities": ("vMF, centre on responsibilities", "#1f6fb4", "o"),
+    "vMF, scores": ("vMF, centre on scores", "#e08a1e", "^"),
 }
+FIFTHS = ("lowest κ", "2", "3", "4", "highest κ")
 
 
 def draw() -> None:
@@ -23,7 +27,8 @@ def draw() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "vmf_heads"  # the same file on every machine
     IMAGES.mkdir(parents=True, exist_ok=True)
     _readings()
-    _figure_2()
+    _images("fashion_table", "share of the prototypes that are targets in 30 steps")
+    _images("photos_table", "different prototypes among the targets of a step")
 
 
 def _readings() -> None:
@@ -49,20 +54,29 @@ def _readings() -> None:
     _save(figure, "evidence_readings.svg")
 
 
-def _figure_2() -> None:
-    """kNN on Fashion-MNIST by fifth of the images' kappa."""
-    from matplotlib import pyplot
+def _images(name: str, what: str) -> None:
+    """Figures 2, 6 and 7 of the paper and use over time, of the runs of a table; what it does not hold is left out."""
+    try:
+        result = results.latest(name)
+    except FileNotFoundError:
+        return
+    rows = result["rows"]
 
-    rows = results.latest("fashion_table")["rows"]
-    figure, panel = pyplot.subplots(figsize=(5.6, 3.2), layout="constrained")
-    for arm, (label, colour, marker) in COLOURS.items():
-        own = select(rows, arm=arm)
-        found = [mean_and_error(100 * row["knn_by_fifth"][i] for row in own) for i in range(5)]
-        means, errors = zip(*(point for point in found if point), strict=True)
-        panel.errorbar(range(1, 6), means, errors, label=label, color=colour, marker=marker, capsize=3)
-    panel.set(xticks=range(1, 6), xlabel="fifth of the images, by κ of their component", ylabel="kNN accuracy, %")
-    panel.legend(frameon=False)
-    _save(figure, "evidence_figure_2.svg")
+    def series(key: str, shown: dict[str, str]) -> dict[str, np.ndarray]:
+        found = {label: [row[key] for row in select(rows, arm=arm) if key in row] for arm, label in shown.items()}
+        return {label: np.array(values, float) for label, values in found.items() if values}
+
+    free = {arm: label for arm, (label, *_) in COLOURS.items()}
+    shown = free | {"L2, logit": "L2-normalised, logit centre"}
+    drawn = {"figure_2": charts.figure_2(series("knn_by_fifth", free), FIFTHS)}
+    if unique := series("unique", shown):
+        drawn["figures_6_7"] = charts.duplicates(result["cosines"], unique, series("largest_set", shown))
+    if used := series("used_over_time", shown):
+        parts = next(iter(used.values())).shape[1]
+        ends = np.arange(1, parts + 1) / parts
+        drawn["use"] = charts.over_time({what: used}, time="share of the training", ends=ends.tolist())
+    for figure, svg in drawn.items():
+        (IMAGES / f"evidence_{name.removesuffix('_table')}_{figure}.svg").write_text(svg)
 
 
 def _line(panel: Any, rows: Rows, measure: str, style: tuple[str, str, str]) -> None:

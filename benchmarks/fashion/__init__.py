@@ -1,5 +1,6 @@
-"""Table 1 and Figure 2 of the paper in small, on Fashion-MNIST."""
+"""Table 1 and Figures 2, 6 and 7 of the paper in small, and stability, on Fashion-MNIST."""
 
 from benchmarks.fashion.run import fashion
+from benchmarks.fashion.stability import fashion_stability
 
-__all__ = ["fashion"]
+__all__ = ["fashion", "fashion_stability"]

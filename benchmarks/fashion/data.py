@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts the four files."""
+"""Debian's package dataset-fashion-mnist puts the four files here."""
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 VALIDATION = 10_000
-"""The last so many of the 60 000 training images; settings are chosen on them."""
+"""The last 10 000 of the 60 000 training images are kept apart; settings are chosen on them."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ from torch import Tensor
 from benchmarks.fashion.data import Images
 from benchmarks.fashion.train import Network, Trained
 from benchmarks.mixture.measures import entropies, rank_correlation, spread, used
+from vmf_heads import prototype_report
+
+COSINES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""Above which prototypes count as duplicates, as in Figures 6 and 7 of the paper."""
 
 
 @torch.no_grad()
@@ -48,6 +52,7 @@ def evaluate(trained: Trained, bank: Images, queries: Images) -> dict[str, Any]:
     many = counts >= 10
     accuracy = torch.zeros(len(norms)).index_add_(0, winner, correct)[many] / counts[many]
     low, high = norms[winner].quantile(torch.tensor([0.05, 0.95]))
+    report = prototype_report(head.last_layer.weight, temperature=tau, thresholds=COSINES)
     return {
         "knn": float(correct.mean()),
         "knn_by_fifth": fifths,
@@ -55,6 +60,9 @@ def evaluate(trained: Trained, bank: Images, queries: Images) -> dict[str, Any]:
         "used_by_scores": used(scores),
         "used_by_logits": used(logits),
         "used_by_targets": used(targets),
+        "used_over_time": trained.used_over_time,
+        "unique": [report.unique[cosine] / report.prototypes for cosine in COSINES],
+        "largest_set": [report.largest_set[cosine] / report.prototypes for cosine in COSINES],
         **entropies(targets),
         "kappa_min": float(norms.min()) / tau,
         "kappa_max": float(norms.max()) / tau,

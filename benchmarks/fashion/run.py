@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.fashion.data import Images, load
-from benchmarks.fashion.evaluate import evaluate, features, nearest_neighbours
+from benchmarks.fashion.evaluate import COSINES, evaluate, features, nearest_neighbours
 from benchmarks.fashion.train import Settings, train
 
 ARMS = {
@@ -26,7 +26,7 @@ ARMS = {
 """Without log C_p both readings of Eq. 9 are the same centre."""
 
 BANK = 10_000
-"""Images with which the queries are compared: the first so many of the training split."""
+"""The queries are compared with the first 10 000 images of the training split."""
 
 
 def fashion(
@@ -70,7 +70,7 @@ def fashion(
         "raw_pixels_knn": _raw_pixels(bank, images[split]),
         "untrained_knn": [_untrained(bank, images[split], seed) for seed in seeds],
     }
-    print(results.write("fashion_table", "cpu", rows, bank=BANK, **references))
+    print(results.write("fashion_table", "cpu", rows, bank=BANK, cosines=COSINES, **references))
 
 
 def _untrained(bank: Images, queries: Images, seed: int) -> float:

@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,16 @@ from benchmarks.fashion.data import Images, random_crops
 from vmf_heads.compat.dino import DINOHead, DINOLoss
 from vmf_heads.optim import separate_norms
 
+PERIODS = 20
+"""Use and norms of the prototypes are looked at in so many equal parts of a training."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one training; `norm_speed` multiplies the learning rate of the prototypes' norms, which are not decayed."""
+    """Of one training; `norm_speed` multiplies the learning rate of the prototypes' norms, which are not decayed.
+
+    `clip` is the largest norm of the gradient, 0: none. In bfloat16 networks and loss run in autocast.
+    """
 
     normalization: str = "vmf"
     centering: str = "probability"
@@ -36,6 +42,9 @@ class Settings:
     teacher_momentum: float = 0.99
     global_scale: tuple[float, float] = (0.3, 1.0)
     strength: float = 0.4
+    head_layers: int = 3
+    clip: float = 3.0
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class Network(nn.Module):
@@ -53,6 +62,7 @@ class Network(nn.Module):
             norm_last_layer=settings.normalization == "l2",
             hidden_dim=settings.hidden,
             bottleneck_dim=settings.bottleneck,
+            nlayers=settings.head_layers,
             normalizer="vmf" if settings.normalization == "vmf" else "none",
         )
 
@@ -63,16 +73,26 @@ class Network(nn.Module):
 
 @dataclass
 class Trained:
-    """The networks and the loss after training, and the loss of every step."""
+    """The networks and the loss after training, and what was seen on the way.
+
+    Of every step: the loss, and the norm of the gradient before clipping. Of every period of the training: the share of
+    the prototypes that were the largest target of some crop, and the largest norm of a student's prototype at its end.
+    """
 
     teacher: Network
     student: Network
     loss: DINOLoss
     losses: list[float] = field(default_factory=list)
+    gradients: list[float] = field(default_factory=list)
+    used_over_time: list[float] = field(default_factory=list)
+    largest_norm: list[float] = field(default_factory=list)
 
 
 def train(settings: Settings, images: Images, seed: int) -> Trained:
-    """Two crops per image, every one of them seen by the student and the EMA teacher."""
+    """Two crops per image, every one of them seen by the student and the EMA teacher.
+
+    Stops after a step whose loss is not finite.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     student = Network(settings).to(memory_format=torch.channels_last)
@@ -91,6 +111,9 @@ def train(settings: Settings, images: Images, seed: int) -> Trained:
     loss_fn.attach(student, teacher)
     trained = Trained(teacher, student, loss_fn)
     optimizer = torch.optim.AdamW(_groups(student, settings))
+    won = torch.zeros(settings.prototypes, dtype=torch.bool)
+    period = math.ceil(settings.steps / PERIODS)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16")
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = _lr(step, settings) * group.get("lr_multiplier", 1.0)
@@ -98,17 +121,26 @@ def train(settings: Settings, images: Images, seed: int) -> Trained:
         crops = torch.cat(
             [random_crops(x, settings.global_scale, generator, strength=settings.strength) for _ in range(2)]
         )
-        with torch.no_grad():
-            teacher_output = teacher(crops)
-        loss = loss_fn(student(crops), teacher_output, 0)
+        with autocast:
+            with torch.no_grad():
+                teacher_output = teacher(crops)
+                won[loss_fn.targets(teacher_output, 0).argmax(1)] = True
+            loss = loss_fn(student(crops), teacher_output, 0)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 3.0)
+        gradient = nn.utils.clip_grad_norm_(student.parameters(), settings.clip or math.inf)
         optimizer.step()
         with torch.no_grad():
             for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
                 ours.lerp_(theirs, 1 - settings.teacher_momentum)
         trained.losses.append(loss.item())
+        trained.gradients.append(gradient.item())
+        if not math.isfinite(trained.losses[-1]):
+            break
+        if (step + 1) % period == 0:
+            trained.used_over_time.append(float(won.float().mean()))
+            trained.largest_norm.append(float(student.head.last_layer.norms.detach().max()))
+            won.zero_()
     return trained
 
 

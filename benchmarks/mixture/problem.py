@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from vmf_heads import log_vmf_normalizer, vmf_mean_resultant
 
 OVERLAPPING = {8: (15.0, 300.0), 16: (15.0, 300.0), 64: (15.0, 300.0), 256: (30.0, 600.0)}
-"""The smallest and the largest kappa at each p with which the true mixture confuses a few per cent of the points."""
+"""With kappas in this range, the true mixture confuses a few per cent of the points at that p."""
 
 
 @dataclass(frozen=True)

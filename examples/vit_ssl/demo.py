@@ -7,6 +7,8 @@ takes a few minutes on two CPU cores. Ctrl-C stops it, and the same command cont
 
 from __future__ import annotations
 
+from runtime.ending import sound_ending
+
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -23,6 +25,7 @@ import tyro
 
 from config.recipe import Recipe, load_recipe
 from data.images import load_images
+from reporting.demo.story import story
 from reporting.demo_table import (
     MODELS,
     RUNS,
@@ -33,18 +36,23 @@ from reporting.demo_table import (
     read_rows,
     sentence,
 )
-from runtime.lanes import Job, JobFailed, last_row, run_lanes
+from runtime.lanes import Job, last_row, run_lanes
+from storage.lock import locked
+from storage.whole_file import whole_file
 
 SCRIPTS = Path(__file__).parent
 
 
-def main(output: Path = Path("runs/demo"), max_steps: int | None = None, redraw: bool = False) -> None:
+def main(
+    output: Path = Path("runs/demo"), max_steps: int | None = None, redraw: bool = False, debug: bool = False
+) -> None:
     """Pretrain, evaluate on the test split, print one table, write results.json and report.html.
 
     Args:
         output: directory of the demo; one that was interrupted is continued, a finished one is left as it is.
         max_steps: stop each pretraining after this many steps, to try the whole path in less time.
         redraw: draw the report of a finished demo again.
+        debug: show the traceback of an error.
     """
     began = time.monotonic()
     if max_steps is not None and max_steps < 1:
@@ -62,12 +70,17 @@ def main(output: Path = Path("runs/demo"), max_steps: int | None = None, redraw:
         announce(output)
         return
 
+    with locked(output):
+        compare(output, recipes, max_steps, began)
+    announce(output)
+
+
+def compare(output: Path, recipes: dict[str, Recipe], max_steps: int | None, began: float) -> None:
+    """Do what is left to do of the demo in `output`."""
     lanes = {label: jobs(output, run, recipes[run], max_steps) for label, run in RUNS.items()}
     print(f"Two runs side by side, one thread each; their output goes to {output}/*/log.txt", flush=True)
     try:
         run_lanes(lanes)
-    except JobFailed as error:
-        sys.exit(str(error))
     except SystemExit:
         print(f"Stopped. The same command continues it: python {' '.join(sys.argv)}", file=sys.stderr)
         raise
@@ -76,10 +89,8 @@ def main(output: Path = Path("runs/demo"), max_steps: int | None = None, redraw:
     draw(output, results)
     results["seconds"] = round(time.monotonic() - began, 1)
     # This comes last, and in one step: a demo is finished when results.json is there.
-    partial = output / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=1))
-    partial.replace(output / "results.json")
-    announce(output)
+    with whole_file(output / "results.json") as file:
+        file.write(json.dumps(results, indent=1).encode())
 
 
 def claim(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> None:
@@ -94,7 +105,8 @@ def claim(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> No
         if output.exists() and any(output.iterdir()):
             raise FileExistsError(f"`output` (={str(output)!r}) is not empty and holds no demo: choose another")
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(request, indent=1))
+        with whole_file(path) as file:
+            file.write(json.dumps(request, indent=1).encode())
         return
     found = json.loads(path.read_text())
     if found["max_steps"] != max_steps:
@@ -150,7 +162,7 @@ def collect(output: Path, recipes: dict[str, Recipe], max_steps: int | None) -> 
 
 def draw(output: Path, results: dict[str, Any]) -> None:
     """Write OUTPUT/report.html."""
-    from reporting.demo_report import write_report  # imported here because transformers takes seconds to import
+    from reporting.demo.report import write_report  # imported here because transformers takes seconds to import
 
     print("Drawing the report", flush=True)
     with (output / "log.txt").open("w") as log, contextlib.redirect_stderr(log):  # progress bars of a second or two
@@ -175,9 +187,11 @@ def announce(output: Path) -> None:
     print(
         "\nPer cent on the test split; ±: standard error over images, for 1- and 5-shot deviation over training sets."
     )
-    print("\n".join(sentence(comparison) for comparison in results["knn_comparisons"]))
+    said = story(results)
+    print("\n".join([said["use"], said["kappa"], *map(sentence, results["knn_comparisons"])]))
     print(f"\n{results['seconds']:.0f} s in all. Report: {output / 'report.html'}; numbers: {output / 'results.json'}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with sound_ending():
+        tyro.cli(main)

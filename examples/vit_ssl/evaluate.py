@@ -8,6 +8,8 @@ iBOT or MSN. Under torchrun all processes share the work. `evaluate.py PROTOCOL 
 
 from __future__ import annotations
 
+from runtime.ending import sound_ending
+
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +19,14 @@ from typing import Annotated, Any
 import tyro
 from transformers.utils import logging as transformers_logging
 
+from config.settings import check_finite
 from evaluators.protocol import Evaluation, NotApplicable
 from evaluators.registry import PROTOCOLS
 from evaluators.request import Request, open_evaluation
 from reporting.paper_rows import check_paper_row
-from reporting.rows import Row, append_rows, make_rows, print_table, read_results, save_predictions
+from reporting.rows import RESULTS, Row, make_rows, print_table, read_results, save_predictions
 from runtime.distributed import is_main, process_group
-from runtime.ending import sound_ending
+from storage.json_lines import append_rows
 
 PAPER_ROW = (
     "Model of the paper's tables to compare with, like 'ViT-S/16 DINO-vMF'; by default the one of the run's recipe."
@@ -56,6 +59,11 @@ def evaluate_all(
         paper_row: the row of the paper's tables to compare with, in place of the recipe's.
     """
     check_paper_row(paper_row)
+    for name, folder in (folders or {}).items():
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"`{name}_data` (={str(folder)!r}) must be a folder")
+    for settings in (options or {}).values():
+        check_finite(settings)
     evaluation = open_evaluation(request)
     rows: list[Row] = []
     left_out = {name: f"{name}: {protocol.left_out}" for name, protocol in PROTOCOLS.items() if protocol.left_out}
@@ -92,6 +100,7 @@ def evaluate_all(
 def run_protocol(name: str, evaluation: Evaluation, options: Any, request: Request) -> list[Row]:
     """Run one protocol; return its rows, appended to results.jsonl, and write its predictions to predictions/."""
     protocol = PROTOCOLS[name]
+    check_finite(options)
     split = protocol.split or evaluation.split
     common: dict[str, Any] = {"checkpoint": request.checkpoint}
     if data := evaluation.data or evaluation.dataset:
@@ -103,12 +112,12 @@ def run_protocol(name: str, evaluation: Evaluation, options: Any, request: Reque
     common["seconds"] = round(time.perf_counter() - start, 3)
     rows = make_rows(metrics, protocol=protocol.rows_as or name, features=request.features, split=split, **common)
     if is_main():
-        append_rows(evaluation.output, rows)
         save_predictions(evaluation.output, name, request.features, split, metrics)
         if name == "prototypes":
             from reporting.prototype_charts import draw_charts  # imported here because the other protocols draw nothing
 
             draw_charts(evaluation.output / "prototypes")
+        append_rows(evaluation.output / RESULTS, rows)  # last: a row says that all the rest is there
     return rows
 
 
@@ -121,13 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
 
 
-def _page(output: Path, /, checkpoint: str | None = None, paper_row: str | None = None) -> None:
+def _page(output: Path, /, checkpoint: str | None = None, paper_row: str | None = None, debug: bool = False) -> None:
     """Write the page of all results again, from OUTPUT/results.jsonl.
 
     Args:
         output: directory of the evaluations, which may be the run itself.
         checkpoint: what was evaluated; by default that of the last row.
         paper_row: the row of the paper's tables to compare with, such as "ViT-S/16 DINO-vMF".
+        debug: show the traceback of an error.
     """
     from reporting.evaluation_page import write_page_again  # imported here because single protocols draw nothing
 

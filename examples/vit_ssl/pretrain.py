@@ -11,30 +11,33 @@ bit for bit the losses of an uninterrupted run.
 
 from __future__ import annotations
 
+from runtime.ending import sound_ending
+
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
-import yaml
 from transformers.utils import logging as transformers_logging
 
-from config.recipe import Recipe, load_recipe
+from config.recipe import Recipe, load_recipe, parse_overrides
+from data.inventory import images_of_the_run, keep_inventory
 from data.loading import load_steps, micro_batch_size, training_images
+from data.unreadable import print_unreadable
 from methods.method import Batch, Method, Statistics
 from methods.registry import build_method
 from runtime.distributed import device, is_main, process_group, world_size
-from runtime.ending import sound_ending
+from storage.whole_file import whole_folder
 from training.collapse import CollapseDetector
 from training.ema import ema_update
 from training.optimization import clip_gradients, drop_last_layer_gradients, parameter_groups
 from training.parallel import Strategy, gradients_shared, parallelize
 from training.run import load_run
 from training.schedules import Schedules, StepValues
-from training.session import Session, refuse_to_overwrite, state_to_resume
+from training.session import Session, state_to_resume, writing
 from training.step import check_statistics, seed_step, to_device
 
 
@@ -49,9 +52,9 @@ class Options:
     data: Path | None = None
     """Folder of images or name of a hub set, for recipes with `dataset` folder, hub or stream."""
     images_per_epoch: int | None = None
-    """Of a stream that does not say how many images it has."""
+    """Number of images in a stream that does not say it."""
     seed: int | None = None
-    """Instead of the recipe's."""
+    """Seed in place of the recipe's."""
     max_steps: int | None = None
     """Stop after this many steps of the run, with the schedules of the whole run."""
     resume: bool = False
@@ -77,6 +80,8 @@ class Options:
     """Stop a run that looks collapsed for so many steps on end; by default an epoch, at least 100. 0: never."""
     push_to_hub: str | None = None
     """Also upload the backbone, at the end, to this repository of the Hugging Face hub."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 def main(options: Options) -> None:
@@ -85,8 +90,9 @@ def main(options: Options) -> None:
     for name, low in lowest.items():
         if (value := getattr(options, name)) is not None and value < low:
             raise ValueError(f"`{name}` (={value}) must be at least {low}")
-    recipe = load_recipe(options.recipe, parse_overrides(options))
-    with process_group():
+    seed = {} if options.seed is None else {"seed": options.seed}
+    recipe = load_recipe(options.recipe, seed | parse_overrides(options.overrides))
+    with process_group(), writing(options.output, resume=options.resume):
         train(recipe, options)
         if is_main():
             export(options.output, options.push_to_hub)
@@ -94,16 +100,14 @@ def main(options: Options) -> None:
 
 def train(recipe: Recipe, options: Options) -> None:
     """Do all steps that are left, with checkpoints on the way; raise SystemExit(128 + signal) when asked to stop."""
-    state = None
-    if options.resume:
-        state = state_to_resume(options.output, recipe)
-    else:
-        refuse_to_overwrite(options.output)
+    state = state_to_resume(options.output, recipe) if options.resume else None
 
     # -------------------------------------------------------------------------------------------------- Images
     images = training_images(recipe, options.data, options.images_per_epoch)
+    if state is not None:
+        images = images_of_the_run(images, options.output)
     images_at_once = micro_batch_size(recipe, options.accumulate)
-    num_workers = recipe.num_workers if options.num_workers is None else options.num_workers
+    workers = recipe.num_workers if options.num_workers is None else options.num_workers
     steps_per_epoch = len(images) // recipe.batch_size
     last_step = min(recipe.epochs * steps_per_epoch, options.max_steps or sys.maxsize)
 
@@ -140,6 +144,7 @@ def train(recipe: Recipe, options: Options) -> None:
         tensorboard=options.tensorboard,
     )
     session.begin(method, optimizer, state)
+    keep_inventory(images, options.output)
     del state
     if is_main():
         processes = f", {world_size()} processes, {options.strategy}" if world_size() > 1 else ""
@@ -153,7 +158,7 @@ def train(recipe: Recipe, options: Options) -> None:
             end = min(steps_per_epoch, last_step - epoch * steps_per_epoch)
             session.start_clock(epoch)
             for micro_batches in load_steps(
-                images, recipe, epoch, first, end, accumulate=options.accumulate, num_workers=num_workers
+                images, recipe, epoch, first, end, options.output, accumulate=options.accumulate, num_workers=workers
             ):
                 now = schedules.at(session.step)
                 seed_step(recipe.seed, session.step)
@@ -173,6 +178,7 @@ def train(recipe: Recipe, options: Options) -> None:
                 session.leave()
     if is_main():
         print(f"{recipe.name}: {session.step} steps done")
+        print_unreadable(options.output)
 
 
 def train_step(
@@ -226,21 +232,11 @@ def export(output: Path, push_to_hub: str | None = None) -> None:
     transformers_logging.disable_progress_bar()
     backbone = load_run(output).backbone
     backbone.embeddings.mask_token = None  # iBOT's, which only pretraining needs
-    backbone.save_pretrained(output / "backbone")
+    with whole_folder(output / "backbone") as folder:
+        backbone.save_pretrained(folder)
     print(f"the teacher's backbone is in {output / 'backbone'}")
     if push_to_hub is not None:
         backbone.push_to_hub(push_to_hub)
-
-
-def parse_overrides(options: Options) -> dict[str, Any]:
-    """Return the recipe fields that the command line replaces."""
-    overrides = {} if options.seed is None else {"seed": options.seed}
-    for item in options.overrides:
-        name, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"`--set` (={item!r}) must be FIELD=VALUE")
-        overrides[name] = yaml.safe_load(value)
-    return overrides
 
 
 if __name__ == "__main__":

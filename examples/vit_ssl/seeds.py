@@ -10,6 +10,8 @@ where it stopped.
 
 from __future__ import annotations
 
+from runtime.ending import sound_ending
+
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ import tyro
 from config.recipe import Recipe, load_recipe
 from data.images import load_images
 from reporting.demo_table import ACCURACIES, RUNS, is_evaluated, paired_difference, read_rows
-from runtime.lanes import Job, JobFailed, run_lanes
+from runtime.lanes import Job, run_lanes
 
 SCRIPTS = Path(__file__).parent
 RANDOM = "randomly initialised ViT"
@@ -37,6 +39,7 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     max_steps: int | None = None,
     parallel: int = 2,
+    debug: bool = False,
 ) -> None:
     """Pretrain and evaluate every seed, then print the table.
 
@@ -46,6 +49,7 @@ def main(
         seeds: at least two, fixed before looking at any result.
         max_steps: stop each pretraining after this many steps, to try the whole path in less time.
         parallel: runs at a time.
+        debug: show the traceback of an error.
     """
     if len(set(seeds)) < 2:
         raise ValueError(f"`seeds` (={seeds}) must be at least two different numbers")
@@ -54,10 +58,7 @@ def main(
     models = labelled(recipes)
     runs = [jobs(output, models, label, seed, max_steps) for seed in seeds for label in models]
     lanes = {f"lane {i + 1}": [job for run in runs[i::parallel] for job in run] for i in range(parallel)}
-    try:
-        run_lanes(lanes)
-    except JobFailed as error:
-        sys.exit(str(error))
+    run_lanes(lanes)
     print(report(output, models, seeds))
 
 
@@ -156,4 +157,5 @@ def compare(a: str, b: str, correct_a: np.ndarray, correct_b: np.ndarray) -> str
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with sound_ending():
+        tyro.cli(main)

@@ -6,12 +6,14 @@ from .head import VMFPrototypeHead, set_temperature
 from .prototypes import HeadOutput
 from .report import prototype_report
 from .special import log_vmf_normalizer, vmf_mean_resultant
+from .teacher import TeacherTargets
 
 __version__ = "0.1.0"
 
 __all__ = [
     "HeadOutput",
     "ProbabilityCentering",
+    "TeacherTargets",
     "VMFPrototypeHead",
     "log_vmf_normalizer",
     "prototype_cross_entropy",

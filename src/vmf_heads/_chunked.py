@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,25 +63,41 @@ class ChunkedCrossEntropy(Function):
         teacher = WeightNormed(d.teacher.directions, d.teacher.scales, d.product_dtype)
         loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, b, d, teacher, total).sum()
         dv, dscales = (None, None) if total.dw is None else w.gradients_(total.dw, wanted[1:3])
-        ctx.save_for_backward(total.dy, dv, dscales, total.db)
+        # With what backward passes have multiplied the gradients by so far.
+        ctx.save_for_backward(total.dy, dv, dscales, total.db, torch.ones_like(loss))
         ctx.mark_non_differentiable(total.log_sum)
         return loss, total.log_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        unscaled = _is_known_to_be_one(grad)  # spares a second (K, p) gradient
-        return *(g if g is None or unscaled else g * grad for g in ctx.saved_tensors), None, None
+        *gradients, scale = ctx.saved_tensors
+        if getattr(ctx, "are_handed_out", False) or not is_plain_eager(grad) or _is_batched(grad):
+            factor = grad / scale
+            return *(g if g is None else g * factor for g in gradients), None, None
+        # The first pass, and with retain_graph=False the only one, gives away what the forward pass made, so that there
+        # is never a second (K, p) tensor. Whoever gets it may write to it: then a later pass raises.
+        ctx.are_handed_out = True
+        if not _is_known_to_be_one(grad):
+            for g in gradients:
+                if g is not None:
+                    g.data.mul_(grad)  # `data`: not one of the changes that make a later pass raise
+            scale.data.copy_(grad)
+        return *gradients, None, None
 
 
 def _is_known_to_be_one(grad: Tensor) -> bool:
-    """Whether the scalar `grad` is 1, where the question is free: not on a GPU, not under a transform."""
-    if grad.device.type != "cpu" or not is_plain_eager(grad):
-        return False
+    """Whether the scalar `grad` is 1, where the question is free: not on a GPU, whose host would have to wait."""
+    return grad.device.type == "cpu" and grad.item() == 1
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether `grad` stands for several, as under torch.autograd.grad(is_grads_batched=True)."""
     try:
-        return grad.item() == 1
-    except RuntimeError:  # gradients batched by torch.autograd.grad(is_grads_batched=True) have no value to tell
-        return False
+        grad.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False
 
 
 class _Accumulator:
@@ -124,10 +140,15 @@ class WeightNormed:
             return torch.mm(y, self._operand.t(), out=buffer[: len(y)])
         return mm_float32(y.to(self.dtype), self._operand.t())
 
-    def average_(self, p: Tensor) -> Tensor:
-        """p @ w (c, p) for p (c, K) in [-1, 1], which is overwritten."""
+    def rounded(self, y: Tensor) -> Tensor:
+        """`y` as `products` takes it, in its own dtype."""
+        return y if self.dtype is None else y.to(self.dtype).to(y.dtype)
+
+    def average_(self, p: Tensor, peaks: _Peaks | None = None) -> Tensor:
+        """p @ w (c, p) for p (c, K) in [-1, 1], which is overwritten, with the `peaks` that were taken from it."""
         if self.dtype is not None:
-            return average(p, self._operand, self.dtype)
+            result = average(p, self._operand, self.dtype)
+            return result if peaks is None else result.addcmul_(peaks.values, self._operand[peaks.columns])
         return (p if self.factor is None else p.mul_(self.factor)) @ self._operand
 
     def gradients_(self, dw: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
@@ -166,7 +187,7 @@ def _any_position(
     for chunk in student_chunks:
         p, log_sum = _predictions_(w.products(y[chunk] / tau, buffer), w.late_factor, b)
         losses[chunk] = row_weight[chunk] * log_sum.squeeze(1)
-        _add_gradients(total, chunk, p, y[chunk], w, row_weight[chunk], tau)
+        _add_gradients(total, chunk, p, y[chunk], w, row_weight[chunk], tau, probabilities=True)
 
     # What teacher row j sums over the student rows that it is a target of: their weights and their weighted features.
     target_weight = weights.new_zeros(nt).index_add_(0, index.flatten(), weights.flatten())
@@ -180,15 +201,17 @@ def _any_position(
         targets = _teacher_targets(d, teacher, chunk, total, *buffer.chunk(2))
         if b is not None:
             mean_bias[chunk] = targets @ b
-        if total.dw is not None:
-            _add_average(total.dw, targets.t(), target_features[chunk] / -tau, d.product_dtype)
         if total.db is not None:
             total.db.sub_(target_weight[chunk] @ targets)
-        mean_prototype[chunk] = w.average_(targets)
+        peaks = _take_peaks_(targets) if w.dtype is not None else None
+        if total.dw is not None:
+            _add_average(total.dw, targets, target_features[chunk] / -tau, w.dtype, peaks)
+        mean_prototype[chunk] = w.average_(targets, peaks)
 
+    scaled = w.rounded(y / tau)  # as in the products that the logsumexp is made of, or the difference would keep it
     for m in range(index.shape[1]):
         of_row = weights[:, m : m + 1] * mean_prototype[index[:, m]]  # (Ns, p)
-        losses -= (of_row * y).sum(dim=1) / tau + weights[:, m] * mean_bias[index[:, m]]
+        losses -= (of_row * scaled).sum(dim=1) + weights[:, m] * mean_bias[index[:, m]]
         if total.dy is not None:
             total.dy.sub_(of_row, alpha=1 / tau)
     return losses
@@ -208,24 +231,34 @@ def _same_position(
         products = w.products(y[chunk] / tau, first)
         difference, cross_entropy = _differences_(products, w.late_factor, b, targets, third[: len(targets)])
         losses[chunk] = row_weight[chunk] * cross_entropy
-        _add_gradients(total, chunk, difference, y[chunk], w, row_weight[chunk], tau)
+        _add_gradients(total, chunk, difference, y[chunk], w, row_weight[chunk], tau, probabilities=False)
     return losses
 
 
 def _add_gradients(
-    total: _Accumulator, chunk: slice, p: Tensor, y: Tensor, w: WeightNormed, weight: Tensor, tau: float
+    total: _Accumulator,
+    chunk: slice,
+    p: Tensor,
+    y: Tensor,
+    w: WeightNormed,
+    weight: Tensor,
+    tau: float,
+    *,
+    probabilities: bool,
 ) -> None:
     """Add what logit gradients weight_i p_ik of one chunk contribute; p (c, K) is overwritten.
 
     The weights scale the features (c, p) instead of the probabilities (c, K), of which there are more.
+    `probabilities` says that the targets are still to be subtracted from p.
     """
     scale = weight[:, None] / tau
-    if total.dw is not None:
-        _add_average(total.dw, p.t(), scale * y, w.dtype)
     if total.db is not None:
         total.db.add_(weight @ p)
+    peaks = _take_peaks_(p) if probabilities and w.dtype is not None else None
+    if total.dw is not None:
+        _add_average(total.dw, p, scale * y, w.dtype, peaks)
     if total.dy is not None:
-        total.dy[chunk] += scale * w.average_(p)
+        total.dy[chunk] += scale * w.average_(p, peaks)
 
 
 def _teacher_targets(
@@ -239,14 +272,34 @@ def _teacher_targets(
     return _targets_(logits, d.target_bias, result)
 
 
-def _add_average(total: Tensor, p: Tensor, x: Tensor, dtype: torch.dtype | None) -> None:
-    """total += p @ x for p in [-1, 1]."""
+class _Peaks(NamedTuple):
+    """The largest probability of every row, which a product in half precision shall not round.
+
+    Where predictions are confident and right, P and T are nearly the same 1 in one place, and P - T is the little that
+    is left: less than the rounding of P and of T. Without that place their rows sum to as little as P - T itself.
+    """
+
+    values: Tensor  # (c, 1)
+    columns: Tensor  # (c,)
+
+
+def _take_peaks_(p: Tensor) -> _Peaks:
+    """The peaks of p (c, K), which is 0 there from now on."""
+    values, columns = p.max(dim=1, keepdim=True)
+    p.scatter_(1, columns, 0)
+    return _Peaks(values, columns.squeeze(1))
+
+
+def _add_average(total: Tensor, p: Tensor, x: Tensor, dtype: torch.dtype | None, peaks: _Peaks | None) -> None:
+    """total (K, p) += p' @ x for p (c, K) in [-1, 1], with the `peaks` that were taken from it."""
     if dtype is None:
-        total.addmm_(p, x)
+        total.addmm_(p.t(), x)
         return
     # Weighted features may be smaller than what float16 can hold.
     largest = torch.linalg.vector_norm(x, torch.inf).clamp(min=torch.finfo(x.dtype).tiny)
-    total.add_(average(p, x / largest, dtype).mul_(largest))
+    total.add_(average(p.t(), x / largest, dtype).mul_(largest))
+    if peaks is not None:
+        total.index_add_(0, peaks.columns, peaks.values * x)
 
 
 def _buffer(rows: int, v: Tensor) -> Tensor:

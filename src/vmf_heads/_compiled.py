@@ -7,6 +7,7 @@ anyway.
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from types import FunctionType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-Pointwise = Callable[[Tensor, int], Tensor]  # (kappa, p) -> same shape and dtype
+from ._lowering import Pointwise, in_one
 
+_ROW = 64  # a multiple of the numbers in any vector register
 _warned = False
 
 
@@ -34,9 +37,8 @@ def evaluate(function: Pointwise, kappa: Tensor, p: int, compiled: bool | None) 
     if not wanted or not is_plain_eager(kappa) or (compiled is None and _warned):
         return function(kappa, p)
     try:
-        # Contiguous, flat and no view (torch.compile guards on strides and on the base of a view; `.data` has none), so
-        # that one compiled kernel with a symbolic length serves every input.
-        return _kernel(function, p, kappa.dtype)(kappa.reshape(-1).contiguous().data).reshape(kappa.shape)
+        result = _kernel(function, p, kappa.dtype)(_in_rows(kappa))
+        return result.view(-1)[: kappa.numel()].view(kappa.shape).data
     except torch.cuda.OutOfMemoryError:
         raise  # says nothing about the compiler
     except Exception as error:
@@ -68,10 +70,26 @@ def is_plain_eager(tensor: Tensor) -> bool:
     )
 
 
+def _in_rows(kappa: Tensor) -> Tensor:
+    """The numbers in `kappa`, contiguous and in a shape of which one kernel with a symbolic length serves all.
+
+    On the CPU they are in at least two rows of a fixed length, the last one filled with zeros: a loop over them has no
+    remainder, for which Inductor would write, and the C++ compiler read, all the code a second time.
+    """
+    flat = kappa.reshape(-1).contiguous().data  # no view: torch.compile guards on the base of one, and this has none
+    if kappa.device.type != "cpu":
+        return flat
+    rows = max(2, math.ceil(len(flat) / _ROW))  # a single row would be specialised
+    missing = rows * _ROW - len(flat)
+    in_rows = (F.pad(flat, (0, missing)) if missing else flat).view(rows, _ROW).data
+    torch._dynamo.mark_static(in_rows, 1)
+    return in_rows
+
+
 @cache
 def _kernel(function: Pointwise, p: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     def pointwise(kappa: Tensor) -> Tensor:
-        return function(kappa, operator.index(p))  # operator.index: a constant for torch.compile, not a symbol
+        return in_one(function, kappa, operator.index(p))  # operator.index: a constant for torch.compile, not a symbol
 
     # torch.compile keeps its cache, and its limit on recompilations, per code object: each kernel needs its own.
     code = pointwise.__code__.replace(co_name=f"{function.__name__}_{p}_{str(dtype).removeprefix('torch.')}")

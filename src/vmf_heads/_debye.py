@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import cache
+from itertools import zip_longest
 
 Polynomial = list[Fraction]  # index = power
 
@@ -40,6 +41,11 @@ def _next_debye(U: Polynomial) -> Polynomial:
     for power, c in enumerate(integrand):
         result[power + 1] += c / (power + 1)
     return result
+
+
+def add(a: Polynomial, b: Polynomial) -> Polynomial:
+    """The sum of two polynomials."""
+    return [x + y for x, y in zip_longest(a, b, fillvalue=Fraction(0))]
 
 
 def multiply(a: Polynomial, b: Polynomial) -> Polynomial:

@@ -12,7 +12,13 @@ where sum_i V_i(t)/N^i is the logarithm of sum_i U_i(t)/N^i in DLMF 10.41.3. V_i
 series, so every gamma function of C_p cancels against G(1). Each line is a sum of terms that do not cancel, and
 vanishes with its first factor exactly where the function does: kappa = 0 needs no special case.
 
-From N down to nu goes the recurrence A_v = kappa / (2(v+1) + kappa A_{v+1}) (DLMF 10.29.1), written with B:
+From N down to nu D goes in strides of several orders. With F_v = 0F1(; v+1; z), z = kappa^2/4, D_v = -log F_v and
+rho_v = F_{v+1}/F_v = 2(v+1) A_v / kappa, the recurrence F_v = F_{v+1} + z F_{v+2} / ((v+1)(v+2)) (DLMF 10.29.1)
+composes to polynomials with positive coefficients, in which nothing cancels:
+
+    F_v = (1 + z P(z)) F_{v+m} + z Q(z) F_{v+m+1},     D_v = D_{v+m} - log1p(z (P(z) + Q(z) rho_{v+m}))
+
+A goes down order by order, by the same recurrence A_v = kappa / (2(v+1) + kappa A_{v+1}), written with B:
 
     y_v = 2(v+1) - X_{v+1},   A_v = kappa / (kappa + y_v),   B_v = y_v / (kappa + y_v)
     A'_v = (y_v + kappa X'_{v+1}) / (kappa + y_v)^2,         X'_v = B_v^2 - A_v^2 X'_{v+1}
@@ -33,7 +39,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._debye import Polynomial, debye_log_polynomials
+from ._debye import Polynomial, add, debye_log_polynomials, multiply
 
 # (smallest order N, terms M) that keep the truncation below rounding; smaller orders are shifted up to the last N.
 _TERMS = {
@@ -44,8 +50,10 @@ _TERMS = {
 _KAPPA_BOUND = {torch.float64: 1e75, torch.float32: 1e18}
 # Below this r, D is proportional to r^2 to rounding, and r^2 itself would leave the normal numbers before D does.
 _SMALLEST_R = {torch.float64: 1e-9, torch.float32: 1e-4}
-# How many factors 1 + kappa A/(2v+2) <= kappa share one logarithm without overflow below the bound.
-_FACTORS_PER_LOG = {torch.float64: 4, torch.float32: 2}
+# The longest stride, in which powers of z up to half of it occur, and the bound on kappa that keeps those finite.
+# It can be lower there: only orders below 16 (float64) or 7 (float32) are left by strides.
+_LONGEST_STRIDE = {torch.float64: 16, torch.float32: 4}
+_KAPPA_BOUND_OF_STRIDES = {torch.float64: 1e19, torch.float32: 1e9}
 # For p <= 16 and kappa beyond the switch, errors of y at N would reach A' magnified by N/nu; the large-kappa series is
 # exact to rounding there with so many terms.
 _TAIL_HIGHEST_P = 16
@@ -59,10 +67,24 @@ _CIRCLE_POINTS = 28
 
 
 @dataclass(frozen=True)
+class Stride:
+    """Polynomials in z that lead from the orders v+m, v+m+1 down to v, v+1, by ascending powers.
+
+    F_v = (1 + z P) F_{v+m} + z Q F_{v+m+1} and F_{v+1} = P_next F_{v+m} + Q_next F_{v+m+1}
+    """
+
+    P: tuple[float, ...]
+    Q: tuple[float, ...]
+    P_next: tuple[float, ...]
+    Q_next: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Expansion:
     """Constants of one (p, dtype); polynomials by ascending powers of t."""
 
     N: float
+    strides: tuple[Stride, ...]  # from order N down to nu
     steps: tuple[float, ...]  # 2(v+1) for v = N-1, N-2, ..., nu
     W: tuple[float, ...]
     H: tuple[float, ...]
@@ -99,34 +121,50 @@ def _expand(p: int, dtype: torch.dtype, fewest_steps: int) -> Expansion:
         if power:
             J[power - 1] -= power * c
 
+    strides = tuple(
+        _stride(N - start, min(_LONGEST_STRIDE[dtype], shift - start))
+        for start in range(0, shift, _LONGEST_STRIDE[dtype])
+    )
     steps = tuple(float(2 * (N - j)) for j in range(shift))
-    return Expansion(float(N), steps, *(tuple(map(float, polynomial)) for polynomial in (W, H, J)))
+    return Expansion(float(N), strides, steps, *map(_floats, (W, H, J)))
+
+
+def _stride(top: Fraction, orders: int) -> Stride:
+    """From order `top` down by so many `orders`."""
+    P, Q, P_next, Q_next = [Fraction(1)], [Fraction(0)], [Fraction(0)], [Fraction(1)]
+    for j in range(1, orders + 1):
+        v = top - j
+        step = [Fraction(0), 1 / ((v + 1) * (v + 2))]
+        P, P_next = add(P, multiply(step, P_next)), P
+        Q, Q_next = add(Q, multiply(step, Q_next)), Q
+    return Stride(_floats(P[1:]), _floats(Q[1:]), _floats(P_next), _floats(Q_next))
+
+
+def _floats(polynomial: Polynomial) -> tuple[float, ...]:
+    """Each coefficient rounded once."""
+    return tuple(map(float, polynomial))
 
 
 def relative_log_normalizer(kappa: Tensor, p: int) -> Tensor:
     """D(kappa) = log C_p(kappa) - log C_p(0); -inf at +inf, NaN below 0."""
     e = expansion(p, kappa.dtype)
     smallest = _SMALLEST_R[kappa.dtype] * e.N
-    bounded = _bounded(kappa).clamp(min=smallest)
+    bound = (_KAPPA_BOUND_OF_STRIDES if e.strides else _KAPPA_BOUND)[kappa.dtype]
+    bounded = kappa.clamp(min=smallest, max=bound)
     r, q, t = _coordinates(bounded, e)
     u = r * (r / (1 + q))  # q - 1 without the cancellation
     log_f = e.N * (u - torch.log1p(u / 2)) - torch.log1p(u) / 2 + (u * t) * horner(e.W, t)
 
-    # 0F1 steps down one order with the factor 1 + kappa A_{v+1}/(2v+2); several factors share a
-    # logarithm, and their product is kept minus one.
-    if e.steps:
-        H = horner(e.H, t)
-        A, B = _slope(r, q, t, H), _complement(r, q, t, H)
-        product = torch.zeros_like(kappa)
-        for count, step in enumerate(e.steps, start=1):
-            factor = bounded * A / step
-            product = factor + product * (1 + factor)
-            if count % _FACTORS_PER_LOG[kappa.dtype] == 0 or count == len(e.steps):
-                log_f = log_f + torch.log1p(product)
-                product = torch.zeros_like(kappa)
-            A, B, _ = _step_down(bounded, B, step)
+    if e.strides:
+        z = bounded * (bounded / 4)
+        rho = 2 * (e.N + 1) / e.N * (1 / (1 + q) + t * t * horner(e.H, t))
+        for number, stride in enumerate(e.strides, start=1):
+            rise = z * (horner(stride.P, z) + horner(stride.Q, z) * rho)
+            log_f = log_f + torch.log1p(rise)
+            if number < len(e.strides):
+                rho = (horner(stride.P_next, z) + horner(stride.Q_next, z) * rho) / (1 + rise)
     scale = (kappa / smallest).clamp(max=1)
-    return _nan_below_zero(kappa, (_bounded(kappa) - kappa) - log_f * scale * scale)
+    return _nan_below_zero(kappa, (kappa.clamp(max=bound) - kappa) - log_f * scale * scale)
 
 
 def mean_resultant(kappa: Tensor, p: int) -> Tensor:
@@ -272,8 +310,8 @@ def _tail_series(p: int, terms: int) -> list[Fraction]:
 
 
 def horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """The polynomial with ascending `coefficients` at `x`, in the dtype of `x`."""
-    result = torch.full_like(x, coefficients[-1])
+    """The polynomial with ascending `coefficients` at `x`, in the dtype of `x`; 0 without any."""
+    result = torch.full_like(x, coefficients[-1] if coefficients else 0)
     for c in reversed(coefficients[:-1]):
         result = result * x + c
     return result

@@ -23,6 +23,7 @@ __all__ = ["Centering", "LogitCentering", "ProbabilityCentering", "make_centerin
 
 CENTERING = ("probability", "logit")
 CENTER_ON = ("scores", "responsibilities")
+CENTER_START = ("zeros", "first_batch")
 # exp() of a log-sum leaves the range of float64 below this: the centre of a prototype that nothing ever chooses.
 _FLOOR = math.log(torch.finfo(torch.float64).tiny)
 
@@ -83,6 +84,8 @@ class ProbabilityCentering(nn.Module):
             prototype is a target equally often, up to the normaliser of Eq. 7. "scores" leaves log C_p out of the
             softmax, as Eq. 9 is printed: a prototype is a target in proportion to its C_p, so that concentrated
             ones starve once the norms move (docs/evidence.md).
+        start: "zeros": the first batch moves the centre from 0 by 1 - momentum, as in DINO. "first_batch": it sets it,
+            as in stable-pretraining.
         process_group: the ranks to average over; None means all of them. Without torch.distributed it is local.
 
     State: the buffer `log_center` (K,), float32. It is not called `center` because DINO's centre lives in another
@@ -113,11 +116,13 @@ class ProbabilityCentering(nn.Module):
         momentum: float = 0.9,
         *,
         center_on: str = "responsibilities",
+        start: str = "zeros",
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.momentum = _momentum("momentum", momentum)
+        self.momentum = check_momentum("momentum", momentum)
         self.center_on = one_of("center_on", center_on, CENTER_ON)
+        self.start = one_of("start", start, CENTER_START)
         self.process_group = process_group
         self.register_buffer("log_center", torch.zeros(at_least("num_prototypes", num_prototypes, 1)))
         self.register_buffer("logit_center", None)
@@ -190,6 +195,8 @@ class ProbabilityCentering(nn.Module):
         total = all_reduce_sum_(torch.cat([log_sum.double().exp(), count]), self.process_group)
         mean = (total[:-1] / total[-1]).log().clamp(min=_FLOOR).to(self.log_center.dtype)
         updated = self.momentum * self.log_center + (1 - self.momentum) * mean
+        if self.start == "first_batch":
+            updated = _first_sets(self.log_center, mean, updated)
         # torch.where instead of a branch: whether any rank had rows is known on the device only.
         self.log_center.copy_(torch.where(total[-1] > 0, updated, self.log_center))
         self._log_sum, self._rows = None, 0
@@ -247,6 +254,9 @@ class LogitCentering(nn.Module):
         shape: of the buffer `center`, as the original has it, with shape[-1] = K.
         momentum: m in [0, 1].
         process_group: the ranks to average over; None means all of them.
+        start: "zeros" or "first_batch", see `ProbabilityCentering`.
+
+    A `center` of any shape with K elements loads.
 
     Reference: Caron et al., ICCV 2021; Govindarajan et al., ICLR 2023, Eq. 8.
     """
@@ -254,18 +264,21 @@ class LogitCentering(nn.Module):
     center: Tensor
     center_on: ClassVar[str] = "scores"  # what a fused loss averages on the way; this centre does not use it
 
-    def __init__(self, shape: tuple[int, ...], momentum: float, process_group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        momentum: float,
+        process_group: ProcessGroup | None = None,
+        *,
+        start: str = "zeros",
+    ) -> None:
         super().__init__()
-        self.momentum = _momentum("momentum", momentum)
+        self.momentum = check_momentum("momentum", momentum)
+        self.start = one_of("start", start, CENTER_START)
         self.process_group = process_group
         self.register_buffer("center", torch.zeros(shape))
         self._logit_sum: Tensor | None = None  # accumulated since the last commit_
         self._rows = 0
-
-    @property
-    def value(self) -> Tensor:
-        """The centre, by lightly's name."""
-        return self.center
 
     def offset(self, temperature: float) -> Tensor:
         """What the teacher's logits lose before the softmax (K,)."""
@@ -289,9 +302,18 @@ class LogitCentering(nn.Module):
         total = torch.cat([logit_sum, logit_sum.new_full((1,), self._rows)])
         all_reduce_sum_(total, self.process_group)
         mean = (total[:-1] / total[-1]).view_as(self.center).to(self.center.dtype)
+        updated = self.center.lerp(mean, 1 - self.momentum)
+        if self.start == "first_batch":
+            updated = _first_sets(self.center, mean, updated)
         # torch.where instead of a branch: whether any rank had rows is known on the device only.
-        self.center.copy_(torch.where(total[-1] > 0, self.center.lerp(mean, 1 - self.momentum), self.center))
+        self.center.copy_(torch.where(total[-1] > 0, updated, self.center))
         self._logit_sum, self._rows = None, 0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        center = state_dict.get(prefix + "center")
+        if center is not None and center.numel() == self.center.numel():  # (1, K) in DINO, (1, 1, K) in lightly
+            state_dict[prefix + "center"] = center.view_as(self.center)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 Centering = ProbabilityCentering | LogitCentering
@@ -303,8 +325,8 @@ def make_centering(
     *,
     centering: str,
     center_on: str,
+    center_start: str = "zeros",
     process_group: ProcessGroup | None,
-    momentum_name: str = "center_momentum",
 ) -> Centering:
     """The centre that `centering` names, for shape[-1] prototypes.
 
@@ -313,16 +335,28 @@ def make_centering(
         momentum: m in [0, 1].
         centering: "probability" or "logit".
         center_on: see `ProbabilityCentering`.
+        center_start: "zeros" or "first_batch", see `ProbabilityCentering`.
         process_group: the ranks to average over; None means all of them.
-        momentum_name: what the caller's argument is called, for the error.
     """
-    _momentum(momentum_name, momentum)
+    check_momentum("center_momentum", momentum)
+    one_of("center_start", center_start, CENTER_START)
     if one_of("centering", centering, CENTERING) == "logit":
-        return LogitCentering(shape, momentum, process_group)
-    return ProbabilityCentering(shape[-1], momentum, center_on=center_on, process_group=process_group)
+        return LogitCentering(shape, momentum, process_group, start=center_start)
+    return ProbabilityCentering(
+        shape[-1], momentum, center_on=center_on, start=center_start, process_group=process_group
+    )
 
 
-def _momentum(name: str, value: float) -> float:
+def _first_sets(center: Tensor, mean: Tensor, updated: Tensor) -> Tensor:
+    """`mean` where the centre is still that of the start, else `updated`.
+
+    Only the start is 0 throughout: the logarithms of probabilities over several prototypes are not.
+    """
+    return torch.where((center == 0).all(), mean, updated)
+
+
+def check_momentum(name: str, value: float) -> float:
+    """`value`, or an error that names the argument unless it is in [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"`{name}` (={value}) must be in [0, 1]")
     return value

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ._checks import at_least, one_of, positive
 from ._matmul import at_least_float32
+from ._unattached import DEFAULT_TEMPERATURE, UnattachedTeacher
 from .mlp import projection_mlp
 from .prototypes import HeadOutput, PrototypeLayer, Prototypes, prototype_log_normalizer
 
@@ -39,6 +40,8 @@ class PrototypeHead(nn.Module):
     """
 
     MLP_NAME: ClassVar[str] = "mlp"  # of the submodule, and so of its parameters
+    # Whether a teacher's logits serve a loss that is not attached: only where its log C_p cancels.
+    SERVES_STOCK_LOSSES: ClassVar[bool] = False
     last_layer: PrototypeLayer
 
     def __init__(
@@ -47,7 +50,7 @@ class PrototypeHead(nn.Module):
         mlp: nn.Module,
         prototypes: PrototypeLayer,
         *,
-        temperature: float = 0.1,
+        temperature: float = DEFAULT_TEMPERATURE,
         normalizer: str = "vmf",
         output: str = "logits",
         float32_scores: bool = False,
@@ -61,6 +64,7 @@ class PrototypeHead(nn.Module):
         self.output = one_of("output", output, OUTPUTS)
         self.float32_scores = float32_scores
         self._released_output: str | None = None  # what `release` restores while a loss is attached
+        self._unattached = UnattachedTeacher()
         self.add_module(self.MLP_NAME, mlp)
         self.last_layer = prototypes
 
@@ -90,7 +94,11 @@ class PrototypeHead(nn.Module):
         scores = prototypes(features, exact=self.float32_scores)
         if self.output == "scores" or self.normalizer == "none":
             return scores
-        tau = self.temperature if temperature is None else positive("temperature", temperature)
+        if temperature is None:
+            if not (self.is_attached or self.SERVES_STOCK_LOSSES or torch.compiler.is_compiling()):
+                self._unattached.notice(self.training, scores, self.temperature, lambda: prototypes.norms)
+            temperature = self.temperature
+        tau = positive("temperature", temperature)
         return scores + tau * self.log_normalizer(tau, prototypes.norms)
 
     def log_normalizer(self, temperature: float, norms: Tensor | None = None) -> Tensor:
@@ -196,7 +204,7 @@ class VMFPrototypeHead(PrototypeHead):
         bottleneck_dim: int = 256,
         *,
         mlp_bias: bool = True,
-        temperature: float = 0.1,
+        temperature: float = DEFAULT_TEMPERATURE,
         normalizer: str = "vmf",
         output: str = "logits",
         float32_scores: bool = False,

@@ -80,5 +80,10 @@ def _as_groups(groups: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list[dict
     """As an optimiser reads them: dictionaries, or the parameters of one."""
     listed = list(groups)
     if all(isinstance(group, dict) for group in listed):
-        return [group | {"params": list(group["params"])} for group in listed]  # type: ignore[operator, index]
+        return [group | {"params": _listed(group["params"])} for group in listed]  # type: ignore[operator, index]
     return [{"params": listed}]
+
+
+def _listed(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """The parameters of a group, which may be a single one (DINOv2 makes such groups)."""
+    return [params] if isinstance(params, Tensor) else list(params)

@@ -24,6 +24,7 @@ from torch.autograd import Function
 from ._checks import at_least
 from ._compiled import evaluate
 from ._expansion import curvature, mean_resultant, relative_log_normalizer
+from ._lowering import in_one
 from ._matmul import has_autocast
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -86,7 +87,8 @@ def log_vmf_normalizer(kappa: Tensor, p: int, *, relative: bool = False, compile
     x, p = _prepare(kappa, p)
     if _is_transformed():
         point, h = _split(x)
-        value = relative_log_normalizer(point, p) - h * mean_resultant(point, p) - h * h / 2 * curvature(point, p)
+        a, slope = in_one(mean_resultant, point, p), in_one(curvature, point, p)
+        value = in_one(relative_log_normalizer, point, p) - h * a - h * h / 2 * slope
     else:
         value = _RelativeLogNormalizer.apply(x, p, compiled)
     if not relative:
@@ -123,7 +125,7 @@ def vmf_mean_resultant(kappa: Tensor, p: int, *, compiled: bool | None = None) -
     x, p = _prepare(kappa, p)
     if _is_transformed():
         point, h = _split(x)
-        value = mean_resultant(point, p) + h * curvature(point, p)
+        value = in_one(mean_resultant, point, p) + h * in_one(curvature, point, p)
     else:
         value = _MeanResultant.apply(x, p, compiled)
     return _restore(value, kappa)

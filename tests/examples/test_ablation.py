@@ -7,12 +7,12 @@ import pytest
 
 import ablation
 from ablation import Ablation, in_lanes, main, table
-from pretrain import Options, parse_overrides
+from config.recipe import parse_overrides
 
 
-def write_result(run, value, split="val", features="teacher"):
+def write_result(run, value, split="val", features="teacher", protocol="knn", metric="top1"):
     run.mkdir(parents=True, exist_ok=True)
-    row = {"protocol": "knn", "features": features, "split": split, "metric": "top1", "value": value}
+    row = {"protocol": protocol, "features": features, "split": split, "metric": metric, "value": value}
     with (run / "results.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -24,16 +24,19 @@ def test_every_cell_and_seed_is_pretrained_and_evaluated_once(tmp_path, capsys):
     cells = set()
     for command in commands:
         given = command[command.index("--set") + 1 :]
-        cell = parse_overrides(Options("x", tmp_path, overrides=tuple(given)))
-        cells.add((cell["normalization"], cell["centering"], command[command.index("--seed") + 1]))
-    assert len(commands) == len(cells) == 12
-    assert {seed for _, _, seed in cells} == {"3", "5"}
+        cell = parse_overrides(given)
+        cells.add(
+            (cell["normalization"], cell["centering"], cell.get("center_on"), command[command.index("--seed") + 1])
+        )
+    assert len(commands) == len(cells) == 14
+    assert {cell[-1] for cell in cells} == {"3", "5"}
+    assert {cell[:2] for cell in cells if cell[2] == "scores"} == {("vmf", "probability")}
     assert not any(tmp_path.iterdir())  # nothing was run
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
     options = Ablation("photos_dino_vmf", tmp_path)
-    assert len(options.jobs()) == 24
+    assert len(options.jobs()) == 42
     run = options.directory("l2", "logit", 42)
     write_result(run, 0.5, split="test")
     (run / "checkpoint.pt").touch()
@@ -41,7 +44,13 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert "--resume" in job.command
     (run / "backbone").mkdir()
     write_result(run, 0.5)
-    assert len(options.jobs()) == 22
+    assert len(options.jobs()) == 40
+    write_result(run, 7, split="train", protocol="prototypes", metric="used_logits")
+    assert len(options.jobs()) == 39  # nothing of this run: its kappa are equal, so kNN cannot be divided by them
+    write_result(run, 0.5, split="test", protocol="prototypes", metric="top1@kappa_0-20")
+    assert len(options.jobs()) == 40
+    write_result(run, 0.5, protocol="prototypes", metric="top1@kappa_0-20")
+    assert len(options.jobs()) == 39
 
 
 def test_the_jobs_of_a_cell_stay_in_one_lane_and_in_order(tmp_path):
@@ -49,7 +58,7 @@ def test_the_jobs_of_a_cell_stay_in_one_lane_and_in_order(tmp_path):
     lanes = in_lanes(jobs, 5)
     assert sorted(job.title for lane in lanes.values() for job in lane) == sorted(job.title for job in jobs)
     for lane in lanes.values():
-        assert [job.title.split(", ")[1] for job in lane] == ["pretraining", "kNN"] * (len(lane) // 2)
+        assert [job.title.split(", ")[1] for job in lane] == ["pretraining", "knn", "prototypes"] * (len(lane) // 3)
 
 
 def test_the_table_has_every_seed_mean_and_spread(tmp_path):
@@ -59,9 +68,9 @@ def test_the_table_has_every_seed_mean_and_spread(tmp_path):
     write_result(options.directory("none", "logit", 0), 0.7043)
     write_result(options.directory("none", "logit", 42), 0.1, features="random")
     none, l2, vmf = table(options).splitlines()[2:]
-    assert vmf == "| vMF | – – | 71.12 70.62 (mean 70.87, sd 0.35) |"
-    assert none == "| None | 70.43 – | – – |"
-    assert l2 == "| L2 | – – | – – |"
+    assert vmf == "| vMF | – – | 71.12 70.62 (mean 70.87, sd 0.35) | – – |"
+    assert none == "| None | 70.43 – | – – |  |"
+    assert l2 == "| L2 | – – | – – |  |"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +97,7 @@ def test_two_cells_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(ablation, "NORMALIZATIONS", {"vmf": "vMF"})
-    monkeypatch.setattr(ablation, "CENTERINGS", ("probability",))
+    monkeypatch.setattr(ablation, "CENTRES", {"probability": {"centering": "probability"}})
     main(Ablation(str(recipe), tmp_path / "runs", max_steps=2))
     (line,) = capsys.readouterr().out.splitlines()[2:]
     assert "mean" in line

@@ -1,5 +1,6 @@
 import dataclasses
-import pickle
+import errno
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from config.recipe import Recipe, load_recipe
 from methods.backbone import cls_token
 from methods.registry import Method, build_method
+from storage.torch_file import UnreadableFile
 from training.run import CHECKPOINT, PREVIOUS, load_checkpoint, load_run, random_backbone, save_checkpoint
 
 
@@ -62,30 +64,70 @@ def test_other_seeds_give_other_weights(recipe: Recipe) -> None:
     assert not torch.equal(ours.embeddings.cls_token, theirs.embeddings.cls_token)
 
 
-def test_a_save_that_dies_leaves_the_previous_checkpoint(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_said_and_leaves_the_checkpoint_that_was_there(recipe: Recipe, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"recipe": recipe, "step": 1})
-
-    def die(_state: object, file: Any) -> None:
-        file.write(b"half a checkp")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", die)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, {"recipe": recipe, "step": 2})
+    (tmp_path / f"{CHECKPOINT}.partial").symlink_to("/dev/full")  # where every write fails as on a full disk
+    with pytest.raises(OSError, match=r"No space left on device: '.*checkpoint.pt'") as caught:
+        save_checkpoint(tmp_path, {"recipe": recipe, "step": 2, "method": {"weight": torch.zeros(100_000)}})
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
     assert load_checkpoint(tmp_path)["step"] == 1
 
 
-def test_the_checkpoint_before_the_last_is_kept(recipe: Recipe, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(recipe: Recipe, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"recipe": recipe, "step": 1})
+    bad = {"recipe": recipe, "step": 2, "method": {"good": torch.zeros(3), "bad": torch.tensor([0, math.inf])}}
+    with pytest.raises(FloatingPointError, match=r"^bad holds NaN or infinity, and is not saved"):
+        save_checkpoint(tmp_path, bad)
+    assert load_checkpoint(tmp_path)["step"] == 1
+    torch.save(bad | {"recipe": dataclasses.asdict(recipe)}, tmp_path / CHECKPOINT)
+    with pytest.raises(UnreadableFile, match=r"checkpoint.pt holds weights that are NaN or infinite \(bad\); there is"):
+        load_checkpoint(tmp_path)
+
+
+def test_the_checkpoint_before_the_last_is_kept_and_named_when_the_last_is_damaged(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, {"recipe": recipe, "step": step})
     assert load_checkpoint(tmp_path)["step"] == 3
-    (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:-500])
-    with pytest.raises(OSError, match=r"checkpoint.pt is damaged \(.*\); mv .*previous.pt .*checkpoint.pt$"):
+    last, previous = tmp_path / CHECKPOINT, tmp_path / PREVIOUS
+    last.write_bytes(b"")
+    advice = r"the one before it is whole \(step 2\): mv .*checkpoint.previous.pt .*checkpoint.pt$"
+    with pytest.raises(UnreadableFile, match=rf"checkpoint.pt is no PyTorch file but empty; {advice}"):
         load_checkpoint(tmp_path)
-    (tmp_path / PREVIOUS).replace(tmp_path / CHECKPOINT)
+    whole = previous.read_bytes()
+    previous.write_bytes(whole[:-500])
+    with pytest.raises(UnreadableFile, match=r"is no PyTorch file but empty, and .*previous.pt is damaged, or its end"):
+        load_checkpoint(tmp_path)
+    last.unlink()
+    previous.write_bytes(whole)
+    with pytest.raises(UnreadableFile, match=rf"there is no .*checkpoint.pt; {advice}"):
+        load_checkpoint(tmp_path)
+    previous.replace(last)
     assert load_checkpoint(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "is no checkpoint of pretrain.py: it holds a list; there is no checkpoint.previous.pt"),
+        ({"teacher": {}}, "is no checkpoint of pretrain.py: it lacks recipe and step"),
+        ({"recipe": 3, "step": 0}, "is no checkpoint of pretrain.py of this version: "),
+        ({"recipe": {"name": "x"}, "step": 0}, "is no checkpoint .*: missing fields method, dataset"),
+        ({"recipe": {}, "step": 0, "method": {"a": 1}}, "its `method` must be a dict of tensors"),
+    ],
+)
+def test_files_of_torch_that_are_no_checkpoints_say_so(content: object, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / CHECKPOINT)
+    with pytest.raises(UnreadableFile, match=message):
+        load_checkpoint(tmp_path)
+
+
+def test_weights_of_another_network_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"recipe": recipe, "method": {"weight": torch.zeros(3)}, "step": 1, "epoch": 0})
+    with pytest.raises(UnreadableFile, match=r"(?s)checkpoint.pt are not those of its recipe: .*Missing"):
+        load_run(tmp_path)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
@@ -101,6 +143,6 @@ class Hostile:
 def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"recipe": Hostile()}, tmp_path / CHECKPOINT)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(UnreadableFile, match="holds objects whose unpickling can run code, and is not opened"):
         load_run(tmp_path)
     assert not (tmp_path / "executed").exists()

@@ -29,10 +29,11 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_two_recipes_differ_in_the_method_alone(recipes):
+def test_the_two_recipes_differ_in_the_method_and_in_what_was_chosen_for_it(recipes):
     plain, vmf = (dataclasses.asdict(recipe) for recipe in recipes.values())
     differing = {name for name in plain if plain[name] != vmf[name]}
-    assert differing == {"name", "normalization", "centering"}
+    assert differing == {"name", "normalization", "centering", "bottleneck_dim", "norms_lr_multiplier"}
+    assert plain["norms_lr_multiplier"] == 0, "plain DINO's norms learn as DINO's do"
 
 
 def test_a_new_directory_is_claimed_and_can_be_claimed_again(tmp_path, recipes):

@@ -284,8 +284,15 @@ def test_code_in_a_file_is_never_run(legacy, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half an archive"])
 def test_files_that_are_no_checkpoint(content, tmp_path):
     (tmp_path / "file.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"file\.pth' is no "):
+    with pytest.raises(
+        ValueError, match=r"file\.pth is (no PyTorch file but (empty|text)|damaged, or its end is missing)"
+    ):
         open_encoder(tmp_path / "file.pth")
+    content = training_checkpoint(teacher=dino_weights())
+    content["teacher"]["backbone.norm.bias"][2] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match=r"nan.pth' holds weights that are NaN or infinite: layernorm.bias$"):
+        open_encoder(tmp_path / "nan.pth", heads=2)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="must hold a dict of state dicts, not a list"):
         open_encoder(tmp_path / "list.pth")

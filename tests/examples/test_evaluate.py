@@ -248,6 +248,31 @@ def test_bad_input_writes_nothing(run_directory, tmp_path):
     assert not (run_directory / "results.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"key": "student"}, r"`key` \(='student'\) is only for .pth files, which .* is not"),
+        ({"heads": 3}, r"`heads` \(=3\) is only for .pth files"),
+        ({"extract": ExtractOptions(batch_size=0)}, r"`batch_size` \(=0\) must be at least 1"),
+        ({"extract": ExtractOptions(num_workers=-1)}, r"`num_workers` \(=-1\) must be at least 0"),
+        ({"extract": ExtractOptions(image_size=-8)}, r"`image_size` \(=-8\) must be at least 1"),
+    ],
+)
+def test_absurd_requests_are_refused(run_directory, settings, message):
+    with pytest.raises(ValueError, match=message):
+        open_evaluation(request(run_directory, **settings))
+
+
+def test_absurd_options_are_refused_before_anything_runs(run_directory, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`video_data` \(='.*nowhere'\) must be a folder"):
+        evaluate.evaluate_all(request(run_directory), folders={"video": tmp_path / "nowhere"})
+    with pytest.raises(ValueError, match=r"`regularization` \(=inf\) must be finite"):
+        evaluate.evaluate_all(request(run_directory), {"fewshot": FewShotOptions(regularization=float("inf"))})
+    with pytest.raises(ValueError, match=r"`lrs` \(=\(1.0, nan\)\) must be finite"):
+        evaluate.evaluate(request(run_directory), "linear", LinearOptions(lrs=(1.0, float("nan"))))
+    assert not (run_directory / "results.jsonl").exists()
+
+
 def test_command_line(run_directory, folder, capsys):
     where = ["--checkpoint", str(run_directory), "--split", "test", "--data", str(folder)]
     evaluate.main(["knn", *where, "--features", "pixels", "--ks", "3", "7"])

@@ -130,6 +130,36 @@ def test_features_are_extracted_once(folder, tmp_path, monkeypatch):
     assert [Path(error.split("'")[1]).name for error in errors] == ["1.png", "3.png"]
 
 
+@pytest.mark.parametrize("name", ["x.bin", "labels.npy", "description.json"])
+@pytest.mark.parametrize("size", [0, -7])
+def test_features_that_were_cut_off_are_made_again(name, size, folder, tmp_path, capsys):
+    extraction = Extraction(tiny_encoder(), "folder", folder, 16, cache=tmp_path)
+    first = np.array(features_of(extraction)("val").x)
+    (file,) = tmp_path.glob(f"val-cls-*/{name}")
+    file.write_bytes(file.read_bytes()[:size])
+    capsys.readouterr()
+    again = features_of(extraction)("val")
+    assert np.array_equal(again.x, first)
+    assert "are damaged and made again" in capsys.readouterr().err
+    file.unlink()
+    assert np.array_equal(features_of(extraction)("val").x, first)
+
+
+def test_images_that_were_replaced_have_other_features(tmp_path):
+    root = make_folder(tmp_path / "images")
+    extraction = Extraction(tiny_encoder(), "folder", root, 16, cache=tmp_path / "features")
+    first = np.array(features_of(extraction)("val").x)
+    Image.new("RGB", (24, 20), "red").save(root / "val/class 1/0.png")
+    changed = features_of(extraction)("val").x
+    assert np.flatnonzero((changed != first).any(axis=1)).tolist() == [3]
+    pixels = (root / "val/class 1/0.png").read_bytes()
+    later = (root / "val/class 1/0.png").stat().st_mtime_ns + 10**9
+    (root / "val/class 1/0.png").write_bytes(pixels)
+    os.utime(root / "val/class 1/0.png", ns=(later, later))  # of equal size, but of another time
+    features_of(extraction)("val")
+    assert len(list((tmp_path / "features").iterdir())) == 3
+
+
 def test_half_precision_halves_the_file(folder, tmp_path):
     half = features_of(Extraction(tiny_encoder(), "folder", folder, 16, cache=tmp_path, half=True, num_workers=1))(
         "val"

@@ -74,8 +74,11 @@ def test_k_is_chosen_on_val(split):
     assert metric.value == pytest.approx(np.mean(expected == SPLITS[split].labels))
 
 
-@pytest.mark.parametrize(("images", "ks"), [(9_999, [5, 10, 20, 50]), (10_000, [5, 10, 20, 50, 100, 200])])
-def test_large_banks_try_more_neighbours(images, ks):
+@pytest.mark.parametrize(
+    ("images", "ks"),
+    [(3, [3]), (12, [5, 10]), (9_999, [5, 10, 20, 50]), (10_000, [5, 10, 20, 50, 100, 200])],
+)
+def test_large_banks_try_more_neighbours_and_small_ones_fewer(images, ks):
     splits = {"train": blobs(0, images), "val": blobs(1, 3)}
     (metric,) = knn(evaluation("val", splits))
     assert list(metric.options["val_top1_by_k"]) == [str(k) for k in ks]
@@ -101,7 +104,8 @@ def test_memory_is_bounded_by_the_chunks(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (KNNOptions(temperature=0.0), r"`temperature` \(=0.0\) must be positive"),
+        (KNNOptions(temperature=0.0), r"`temperature` \(=0.0\) must be at least 1e-05"),
+        (KNNOptions(ks=(5, 1000)), r"`ks` \(=\(5, 1000\)\) must be at most \d+, the number of train images"),
         (KNNOptions(ks=(5, 0)), r"`ks` \(=\(5, 0\)\) must be at least 1"),
     ],
 )

@@ -70,6 +70,14 @@ def test_a_failure_shows_the_end_of_the_log_and_stops_the_others(tmp_path):
     assert not late.exists()  # nothing waited for the end of its sleep
 
 
+def test_a_failure_that_the_command_explained_is_told_in_its_words(tmp_path):
+    code = "import sys; print('a progress bar'); sys.exit('job.py: error: the disk is full')"
+    with pytest.raises(JobFailed, match="exit status 1") as caught:
+        run_lanes({"a": [python(code, tmp_path)]}, stream=io.StringIO())
+    reason = f"job.py: error: the disk is full\n(from {tmp_path / 'log.txt'})"
+    assert str(caught.value) == f"a, job: exit status 1; {reason}"
+
+
 def test_progress_is_read_from_the_metrics(tmp_path):
     metrics, shown = tmp_path / "metrics.jsonl", tmp_path / "shown"
 

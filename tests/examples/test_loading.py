@@ -39,20 +39,20 @@ def test_the_parts_of_all_processes_are_the_batches(
         assert sorted(taken) == sorted(batch)
 
 
-def test_the_rest_of_an_epoch_is_what_the_whole_would_have_given() -> None:
+def test_the_rest_of_an_epoch_is_what_the_whole_would_have_given(tmp_path: Path) -> None:
     recipe = load_recipe("photos_dino_vmf", {"dataset": "digits", "batch_size": 8})
     images = training_images(recipe, None, None)
-    whole = list(load_steps(images, recipe, 1, 0, 4, accumulate=2, num_workers=0))
-    rest = list(load_steps(images, recipe, 1, 3, 4, accumulate=2, num_workers=0))
+    whole = list(load_steps(images, recipe, 1, 0, 4, tmp_path, accumulate=2, num_workers=0))
+    rest = list(load_steps(images, recipe, 1, 3, 4, tmp_path, accumulate=2, num_workers=0))
     assert [len(step) for step in whole] == [2] * 4
     for ours, theirs in zip(rest[0], whole[3], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(ours["crops"], theirs["crops"], strict=True))
 
 
-def test_a_signal_to_the_process_group_does_not_reach_loader_processes() -> None:
+def test_a_signal_to_the_process_group_does_not_reach_loader_processes(tmp_path: Path) -> None:
     recipe = load_recipe("photos_dino_vmf", {"dataset": "digits", "batch_size": 8})
     before = multiprocessing.active_children()
-    steps = load_steps(training_images(recipe, None, None), recipe, 0, 0, 8, accumulate=1, num_workers=2)
+    steps = load_steps(training_images(recipe, None, None), recipe, 0, 0, 8, tmp_path, accumulate=1, num_workers=2)
     next(steps)
     next(steps)  # now both have started
     own = [process for process in multiprocessing.active_children() if process not in before]
@@ -70,8 +70,8 @@ def test_the_rest_of_an_epoch_of_a_stream(tmp_path: Path, monkeypatch: pytest.Mo
         Image.new("L", (12, 12), 10 * grey).save(tmp_path / "set" / f"{grey}.png")
     recipe = load_recipe("photos_dino_vmf", {"dataset": "stream", "batch_size": 8})
     images = training_images(recipe, tmp_path / "set", 24)
-    whole = list(load_steps(images, recipe, 1, 0, 3, accumulate=2, num_workers=0))
-    rest = list(load_steps(images, recipe, 1, 2, 3, accumulate=2, num_workers=0))
+    whole = list(load_steps(images, recipe, 1, 0, 3, tmp_path, accumulate=2, num_workers=0))
+    rest = list(load_steps(images, recipe, 1, 2, 3, tmp_path, accumulate=2, num_workers=0))
     assert [[len(batch["crops"][0]) for batch in step] for step in whole] == [[4, 4]] * 3
     torch.testing.assert_close(rest[0], whole[2], rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"`batch_size` \(=8\) must be at most the number of images \(=7\)"):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,7 +82,9 @@ class Training:
         return {"steps": steps, "gradients": gradients(self.method), **whole_state(self.method, self.optimizer)}
 
     def step(self, epoch: int) -> dict[str, float]:
-        loaded = load_steps(self.images, self.recipe, epoch, 0, 1, accumulate=self.accumulate, num_workers=0)
+        loaded = load_steps(
+            self.images, self.recipe, epoch, 0, 1, Path("unused"), accumulate=self.accumulate, num_workers=0
+        )
         batches = [{name: [self.cast(x) for x in xs] for name, xs in batch.items()} for batch in next(loaded)]
         now = self.schedules.at(epoch)
         found = train_step(self.method, self.optimizer, batches, epoch, now, self.recipe, self.bfloat16)

@@ -16,6 +16,8 @@ import pretrain
 from devices import DEVICES
 from methods.backbone import cls_token
 from pretrain import Options
+from storage.lock import FolderInUse
+from training import session
 from training.collapse import TrainingCollapsed
 from training.log import METRICS
 from training.run import load_checkpoint, load_run
@@ -227,9 +229,55 @@ def test_resuming_with_another_recipe_names_the_fields(tmp_path: Path) -> None:
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nowhere.checkpoint.pt"):
+    with pytest.raises(FileNotFoundError, match=r"`output` \(=.*nowhere'\) must be the folder of a run, with --resume"):
         run(tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*empty.checkpoint.pt"):
+        run(tmp_path / "empty", resume=True)
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(directory: Path, state: dict[str, Any]) -> None:
+        if state["step"] == STEPS_PER_EPOCH:
+            (directory / "checkpoint.pt.partial").symlink_to("/dev/full")
+        save(directory, state)
+
+    save = session.save_checkpoint
+    monkeypatch.setattr(session, "save_checkpoint", full)
+    message = r"step 33: No space left on device: .*checkpoint.pt; free some space. .* keeps the checkpoint of step 0$"
+    with pytest.raises(OSError, match=message):
+        run(tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "images.txt.gz",
+        METRICS,
+        "recipe.yaml",
+    ]
+
+
+def test_a_second_run_does_not_write_into_the_same_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked_elsewhere(_folder: Path) -> None:
+        raise FolderInUse("`output` is being written by process 7")
+
+    monkeypatch.setattr(session, "locked", locked_elsewhere)
+    with pytest.raises(FolderInUse, match="is being written by process 7"):
+        run(tmp_path, max_steps=1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_started_again(tmp_path: Path) -> None:
+    for name in (".lock", "checkpoint.pt.partial"):
+        (tmp_path / name).write_text("of a process that was killed")
+    run(tmp_path, max_steps=1)
+    (tmp_path / "recipe.yaml").unlink()  # as when it was killed right after its first checkpoint
+    run(tmp_path, max_steps=2, resume=True)
+    assert (tmp_path / "recipe.yaml").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("backbone", "checkpoint.previous.pt", "checkpoint.pt", "images.txt.gz"),
+        *(METRICS, "recipe.yaml"),
+    ]
 
 
 def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
@@ -238,7 +286,7 @@ def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
         Image.new("RGB", (20, 20), (index, 0, 0)).save(tmp_path / "data" / "one" / f"{index}.png")
     run(tmp_path / "run", "dataset=folder", data=tmp_path / "data", max_steps=1)
     (tmp_path / "data" / "one" / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"`data` holds 39 images, but the run in .* began with 40"):
+    with pytest.raises(ValueError, match=r"`data` has changed .* began with 40 images: 1 gone \(one/0.png\)"):
         run(tmp_path / "run", "dataset=folder", data=tmp_path / "data", resume=True)
 
 

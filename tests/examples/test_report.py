@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -17,7 +18,8 @@ from evaluators.features.extraction import Features
 from methods.backbone import build_backbone
 from methods.dino import DINO
 from reporting import charts, pictures
-from reporting.demo_report import write_report
+from reporting.demo.report import write_report
+from reporting.demo.story import rise, spread, use
 from reporting.demo_table import MODELS, RUNS
 from training.run import save_checkpoint
 
@@ -67,6 +69,15 @@ def test_usage_is_sorted_and_ends_at_the_last_used_prototype(figure):
     assert [list(stairs.get_data().values) for stairs in axis.patches] == [[9, 3], [5, 4, 3]]
     assert [text.get_text() for text in axis.get_legend().texts] == ["DINO: 2 of 4 used", "DINO-vMF: 3 of 4 used"]
     assert axis.lines[0].get_ydata()[0] == 12 / 4
+
+
+def test_accuracy_by_kappa_has_the_standard_errors(figure):
+    rows = [{"value": value, "standard_error": 0.04, "n": 100} for value in (0.5, 0.75)]
+    axis = charts.accuracy_by_kappa({"DINO": rows, "DINO-vMF": rows[:1]}).axes[0]
+    lines = [container.lines[0].get_ydata() for container in axis.containers]
+    assert [list(line) for line in lines] == [[50, 75], [50]]
+    (bars,) = axis.containers[0].lines[2]
+    assert bars.get_segments()[0][:, 1] == pytest.approx([46, 54])
 
 
 def test_charts_are_svg_reproducible_and_differ_between_light_and_dark():
@@ -161,7 +172,8 @@ def demo_output(tmp_path_factory):
         recipes[run] = vars(recipe)
     columns = ("kNN", "1-shot", "5-shot", "linear")
     table = [
-        {"model": model, "prototypes": 24, "used by scores": 3, "used by targets": 5, "seconds": 4.0}
+        {"model": model, "prototypes": 24, "used by logits": 3, "used by targets": 5 * row, "seconds": 4.0}
+        | {"κ 5–95 %": [8.0, 8.0 + row]}
         | {column: 0.5 + 0.1 * row for column in columns}
         | {f"{column} ±": 0.02 for column in columns}
         for row, model in enumerate(MODELS)
@@ -170,7 +182,14 @@ def demo_output(tmp_path_factory):
     results = {
         "date": "2030-01-01", "machine": {"cpu": "<a CPU>", "cores": 2, "system": "Linux"}, "versions": {"torch": "9"},
         "recipes": recipes, "steps": dict.fromkeys(recipes, 40), "table": table, "knn_comparisons": [pair],
-        "evaluations": {"photos_dino": [{"protocol": "fewshot", "draws": 20}]},
+        "evaluations": {
+            "photos_dino": [{"protocol": "fewshot", "metric": "1-shot", "draws": 20}],
+            "photos_dino_vmf": [
+                {"protocol": "prototypes", "metric": f"top1@kappa_{name}", "kappa_low": low, "kappa_high": low + 2}
+                | {"value": 0.05 * low, "n": 300, "standard_error": 0.03}
+                for name, low in (("50-100", 11.0), ("0-50", 8.0))
+            ],
+        },
     }  # fmt: skip
     return output, results
 
@@ -193,10 +212,36 @@ def test_the_page_is_whole_and_loads_nothing(page):
 def test_the_page_says_what_the_numbers_say(page):
     text = " ".join(Page(page).words)
     assert "DINO-vMF is above the randomly initialised ViT: +20.0 ± 1.0 points, 20.0 standard errors." in text
+    assert "DINO 10 of 24, DINO-vMF 15 of 24. The two use similarly many." in text
+    assert "DINO 8.0 to 10.0 (a factor 1.2); DINO-vMF 8.0 to 11.0 (a factor 1.4)." in text
+    assert (
+        "from the lowest κ to the highest, per cent: DINO-vMF 40 55. Each number has a standard error of up to 3"
+        in text
+    )
     assert "raw pixels 50.0 %, randomly initialised ViT 60.0 %, DINO 70.0 %, DINO-vMF 80.0 %" in text
     assert "This is a shortened run, 40 of" in text
     assert "differ in name (photos_dino / photos_dino_vmf), normalization (none / vmf), centering" in text
     assert "&lt;a CPU&gt;" in page
+
+
+def test_the_page_tells_of_use_then_of_kappa_then_of_accuracy(page):
+    heads = re.findall(r"<h2>(.*?)</h2>", page)
+    assert heads[:3] == ["Which prototypes are used", "What their norms say", "What the features are worth"]
+    places = [page.index(words) for words in ("largest target of some", "middle 90 %", "kNN is right on")]
+    assert places == sorted(places)
+
+
+def test_other_uses_and_concentrations_give_other_words():
+    rows = [
+        {"model": "DINO", "used by targets": 9, "prototypes": 128, "κ 5–95 %": [9.5, 10.5]},
+        {"model": "DINO-vMF", "used by targets": 108, "prototypes": 128, "κ 5–95 %": [0.0, 12.0]},
+    ]
+    assert use(rows).endswith("DINO 9 of 128, DINO-vMF 108 of 128. DINO-vMF uses 12.0 times as many as DINO.")
+    assert use(rows[::-1]).endswith("DINO-vMF uses 12.0 times as many as DINO.")
+    assert "DINO 9.5 to 10.5 (a factor 1.11: they have hardly moved); DINO-vMF 0.0 to 12.0 (a factor inf)" in spread(
+        rows
+    )
+    assert rise({"DINO": []}) == "No accuracy can be given by κ, because all κ are still equal."
 
 
 def test_other_numbers_give_other_words(demo_output):

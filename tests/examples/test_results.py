@@ -20,7 +20,7 @@ def write_run(directory, features, accuracy, *, used=None):
     ]
     if used:
         train = {**common, "split": "train", "n": 1000, "protocol": "prototypes"}
-        names = ("prototypes", "used_scores", "used_targets")
+        names = ("prototypes", "used_logits", "used_targets", "kappa_p05", "kappa_p95")
         rows += [{**train, "metric": name, "value": value} for name, value in zip(names, used, strict=True)]
         steps = [{"step": step, "seconds": 10.0 * step} for step in (1, 2, 3)]
         (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
@@ -30,9 +30,9 @@ def write_run(directory, features, accuracy, *, used=None):
 
 @pytest.fixture
 def output(tmp_path):
-    write_run(tmp_path / "photos_dino", "teacher", 0.75, used=(128, 20, 60))
+    write_run(tmp_path / "photos_dino", "teacher", 0.75, used=(128, 20, 60, 9.0, 11.5))
     write_run(tmp_path / "photos_dino", "random", 0.6)
-    write_run(tmp_path / "photos_dino_vmf", "teacher", 0.8, used=(128, 70, 90))
+    write_run(tmp_path / "photos_dino_vmf", "teacher", 0.8, used=(128, 70, 90, 8.25, 14.0))
     write_run(tmp_path / "photos_dino_vmf", "pixels", 0.4)
     return tmp_path
 
@@ -43,9 +43,10 @@ def test_the_table_takes_every_number_from_its_own_run(output):
     assert [table[model]["kNN"] for model in MODELS] == [0.4, 0.6, 0.75, 0.8]
     assert table["DINO"]["kNN ±"] == pytest.approx(math.sqrt(0.75 * 0.25 / 400))
     assert table["DINO"]["1-shot ±"] == 0.031
-    assert (table["DINO"]["used by scores"], table["DINO-vMF"]["used by targets"]) == (20, 90)
+    assert (table["DINO"]["used by logits"], table["DINO-vMF"]["used by targets"]) == (20, 90)
+    assert table["DINO-vMF"]["κ 5–95 %"] == [8.25, 14.0]
     assert table["DINO-vMF"]["seconds"] == 30.0
-    assert table["raw pixels"]["used by scores"] is None
+    assert table["raw pixels"]["used by logits"] is None
 
 
 def test_a_repeated_evaluation_replaces_the_first(output):
@@ -64,8 +65,8 @@ def test_the_text_table_is_aligned(output):
     lines = format_table(make_table(output)).splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines}) == 1
-    assert lines[3].split() == "DINO 75.0 ± 2.2 37.5 ± 3.1 37.5 ± 2.0 75.0 ± 2.2 20/128 60/128 30".split()
-    assert lines[1].split()[-3:] == ["–", "–", "–"]
+    assert lines[3].split() == "DINO 20/128 60/128 9.0–11.5 75.0 ± 2.2 37.5 ± 3.1 37.5 ± 2.0 75.0 ± 2.2 30".split()
+    assert lines[1].split()[:6] == ["raw", "pixels", "–", "–", "–", "40.0"]
 
 
 def test_paired_difference_is_that_of_a_loop():

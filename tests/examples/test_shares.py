@@ -12,7 +12,9 @@ from evaluators.video.segmentation import VideoOptions, video_segmentation
 from gloo import run_on_ranks
 from landmark_folder import write_landmarks
 from patch_encoder import PatchEncoder
+from runtime.distributed import on_main
 from runtime.shares import gather, share
+from storage.torch_file import UnreadableFile
 
 SEQUENCES = {"one": [(1, 2)], "two": [(0, 1), (4, 8)], "three": [(2, 0)]}
 
@@ -27,14 +29,28 @@ def numbers_of(rank: int) -> dict[str, float]:
         metrics += video_segmentation(evaluation, VideoOptions(side=64, radius=1))
         written = len(list(Path(folder, "output").glob("*.csv")))
     order = gather([10 * item for item in share(range(5))])
-    return {metric.name: metric.value for metric in metrics} | {"written": written, "order": order}
+    of_main = {"main": on_main(lambda: f"rank {rank}"), "error": error_of_main(rank)}
+    return {metric.name: metric.value for metric in metrics} | {"written": written, "order": order} | of_main
+
+
+def error_of_main(rank: int) -> str:
+    def fail() -> None:
+        raise UnreadableFile(f"rank {rank} failed")
+
+    try:
+        on_main(fail)
+    except UnreadableFile as error:
+        return str(error)
+    return "none"
 
 
 def test_two_ranks_give_the_numbers_of_one():
     alone, (first, second) = numbers_of(0), run_on_ranks(numbers_of)
-    assert len(alone) == 8 + 7 + 2
+    assert len(alone) == 8 + 7 + 2 + 2
     assert alone.pop("written") == first.pop("written") == 1
     assert second.pop("written") == 0, "only the main rank writes"
     assert alone.pop("order") == first.pop("order") == second.pop("order") == [0, 10, 20, 30, 40]
+    for found in (alone, first, second):
+        assert (found.pop("main"), found.pop("error")) == ("rank 0", "rank 0 failed")
     assert first == second == pytest.approx(alone, abs=1e-12)
     assert 0 < alone["J-Mean"] < 1

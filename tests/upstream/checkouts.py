@@ -56,7 +56,7 @@ def apply_documented_diff(checkout: Path, section: str, diffs: slice = slice(1),
         assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {file}"
         if loss_options and re.search(r"Loss\($", new):
             start = text.index(old) + len(old)
-            end = text.index("\n    )", start)
+            end = re.compile(r"\n +\)").search(text, start).start()
             options = "".join(f"\n        {name}={value!r}," for name, value in loss_options.items())
             text = text[:end].rstrip().rstrip(",") + "," + options + text[end:]
         path.write_text(text.replace(old, new))
@@ -75,18 +75,21 @@ class Training:
         diff: bool = True,
         diffs: slice = slice(1),
         loss: dict[str, Any] | None = None,
+        also: tuple[str, slice] | None = None,
         folder: Path | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """What the script recorded with these command-line options.
 
         `diff` applies the documented diff, or those of the section that `diffs` selects, with `loss` as additional
-        arguments of the loss; `folder` holds checkpoints and result, by default a new one; `settings` are the
-        recorder's.
+        arguments of the loss; then `also`, diffs of another section. `folder` holds checkpoints and result, by default
+        a new one; `settings` are the recorder's.
         """
         checkout = copy_of(self.name, self.factory.mktemp(self.name))
         if diff:
             apply_documented_diff(checkout, self.section, diffs, **(loss or {}))
+        if also:
+            apply_documented_diff(checkout, *also)
         output = (folder or self.factory.mktemp("run")) / "result.pt"
         script = Path(__file__).with_name(self.script)
         arguments = json.dumps({"options": options, **settings}, default=str)
@@ -110,11 +113,14 @@ def check_same_training(got: dict[str, Any], want: dict[str, Any]) -> None:
         torch.testing.assert_close(got[part], want[part], rtol=1e-4, atol=1e-6, msg=lambda m, part=part: f"{part}: {m}")
 
 
-def check_equations(result: dict[str, Any], centers: list[str]) -> None:
+WEIGHT_NORM, LINEAR = ("weight_g", "weight_v"), ("last_layer.weight",)
+
+
+def check_equations(result: dict[str, Any], centers: list[str], *, prototypes: tuple[str, ...] = WEIGHT_NORM) -> None:
     """Loss, gradients and centres of every step are those of the float64 reference."""
     assert len(result["errors"]) == 4
     for errors in result["errors"]:
-        assert set(errors) == {"loss", "weight_g", "weight_v", "backbone and mlp"}
+        assert set(errors) == {"loss", *prototypes, "backbone and mlp"}
         assert max(errors.values()) < TOLERANCE, errors
     assert list(result["state_of_loss"]) == centers
     for name, want in zip(centers, result["reference_centers"], strict=True):

@@ -76,6 +76,9 @@ class Recorder:
         statistics = self._train_one_epoch(student, teacher, bare_teacher, loss, *rest)
         for hook in hooks:
             hook.remove()
+        self.result["options"] = [
+            {name: group[name] for name in ("lr", "weight_decay")} for group in optimizer.param_groups
+        ]
         self.result |= {name: model.state_dict() for name, model in models.items()}
         self.result["state_of_loss"] = loss.state_dict()
         return statistics

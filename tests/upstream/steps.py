@@ -16,9 +16,9 @@ def empty_result() -> dict[str, Any]:
 def errors(value: Tensor, gradients: Gradients, want: Tensor, expected: Gradients) -> dict[str, float]:
     """Relative errors of the loss, and of its gradients grouped by the part of the model."""
     found = {"loss": float(((value.double() - want) / want).abs())}
-    for part in ("weight_g", "weight_v", ""):
-        names = [n for n in expected if ("last_layer" not in n if not part else part in n)]
-        if not names:  # DINOv3's prototypes are not weight-normalised
+    for part in ("weight_g", "weight_v", "last_layer.weight", ""):
+        names = [n for n in expected if ("last_layer" not in n if not part else n.endswith(part))]
+        if not names:  # prototypes have either the first two or, without weight normalisation, the third
             continue
         difference = torch.cat([(gradients[n].double() - expected[n]).flatten() for n in names])
         exact = torch.cat([expected[n].flatten() for n in names])

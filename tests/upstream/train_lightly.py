@@ -11,16 +11,14 @@ import importlib
 import json
 import sys
 from functools import partial
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from upstream import equations
+from upstream.missing import install
 from upstream.steps import empty_result, errors, spread_norms
 
 SHORTER = {
@@ -29,31 +27,7 @@ SHORTER = {
     "num_workers=8": "num_workers=0",
     "warmup_teacher_temp_epochs=5,": "warmup_teacher_temp_epochs=1, teacher_temp=0.07,",
 }
-MISSING = ("torchvision", "lightning_utilities")
 TEMPERATURES = (0.04, 0.07)
-
-
-class Missing(ModuleType):
-    """A module that is not installed: every class takes any arguments and does nothing."""
-
-    __path__: tuple[str, ...] = ()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name.islower():
-            return importlib.import_module(f"{self.__name__}.{name}")
-        return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
-
-
-class Finder(MetaPathFinder, Loader):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in MISSING else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return Missing(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None: ...
 
 
 class Images(torch.utils.data.Dataset):
@@ -96,7 +70,12 @@ class Run:
         kind = type(model.student_head)
         cancel, kind.cancel_last_layer_gradients = kind.cancel_last_layer_gradients, self.record_gradients
         self.cancel = cancel
-        return torch.optim.SGD(parameters, lr=1.0) if self.settings.get("unit") else make(parameters, lr=lr)
+        optimizer = torch.optim.SGD(parameters, lr=1.0) if self.settings.get("unit") else make(parameters, lr=lr)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.result["options"] = [
+            {"names": [names[id(p)] for p in group["params"]], "lr": group["lr"]} for group in optimizer.param_groups
+        ]
+        return optimizer
 
     def record_loss(self, criterion: nn.Module, args: Any, value: Tensor) -> None:
         self.result["losses"].append(value.detach().clone())
@@ -136,7 +115,7 @@ class Run:
 def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sys.meta_path.insert(0, Finder())
+    install("torchvision", "lightning_utilities")
     sys.path.insert(0, checkout)
     importlib.import_module("torchvision.datasets").VOCDetection = Images
     importlib.import_module("torchvision.models").resnet18 = small_resnet

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from upstream import equations
+from upstream.missing import install
 from upstream.steps import empty_result, errors, spread_norms
-from upstream.train_lightly import Finder, Images
+from upstream.train_lightly import Images
 
 K, DIM = 48, 384
 SIZES = {"hidden_dim": 32, "bottleneck_dim": 16, "output_dim": K}
@@ -146,7 +147,7 @@ class Run:
 def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sys.meta_path.insert(0, Finder())
+    install("torchvision", "lightning_utilities")
     sys.path.insert(0, checkout)
     importlib.import_module("torchvision.datasets").VOCDetection = Views
 

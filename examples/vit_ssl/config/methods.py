@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from config.settings import Ranges, check_ranges, is_share
+from config.settings import LOWEST_TEMPERATURE, Ranges, check_ranges, is_share, is_temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,9 @@ _IBOT_RANGES: Ranges = (
     (("mask_probability", "patch_center_momentum"), "in [0, 1]", is_share),
     (("mask_ratio",), "(low, high) with 0 <= low <= high <= 1", lambda ratio: 0 <= ratio[0] <= ratio[1] <= 1),
     (("mask_start_epoch", "patch_weight"), "at least 0", lambda value: value >= 0),
-    (("patch_out_dim",), "at least 1", lambda value: value >= 1),
-    (("patch_teacher_temp_warmup", "patch_teacher_temp", "cls_weight"), "positive", lambda value: value > 0),
+    (("patch_out_dim",), "at least 2", lambda value: value >= 2),
+    (("patch_teacher_temp_warmup", "patch_teacher_temp"), f"at least {LOWEST_TEMPERATURE}", is_temperature),
+    (("cls_weight",), "positive", lambda value: value > 0),
 )
 _MSN_RANGES: Ranges = (
     (("rand_views",), "at least 1", lambda value: value >= 1),

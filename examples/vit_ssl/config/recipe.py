@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from config.methods import IBOTSettings, MSNSettings
-from config.settings import Ranges, check_fields, check_ranges, flat, is_share, plain, read_settings
+from config.settings import (
+    LOWEST_TEMPERATURE,
+    Ranges,
+    check_fields,
+    check_ranges,
+    flat,
+    is_share,
+    is_temperature,
+    plain,
+    read_settings,
+)
+from config.yaml_file import parse_yaml, read_yaml
+from storage.whole_file import whole_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -125,15 +137,25 @@ class Recipe:
             )
 
 
-_COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "out_dim", "hidden_dim", "bottleneck_dim")
+_COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "hidden_dim", "bottleneck_dim")
 _SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers")
-_NOT_NEGATIVE = ("seed", "num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
+_NOT_NEGATIVE = ("num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
 _NOT_NEGATIVE += ("teacher_temp_warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "warmup_start_lr")
 _NOT_NEGATIVE += ("norms_lr_multiplier",)
 _RANGES: Ranges = (
     (_COUNTS + _SIZES, "at least 1", lambda value: value >= 1),
     (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
-    (("lr", "initializer_range", "student_temp", "teacher_temp", "teacher_temp_warmup"), "positive", lambda x: x > 0),
+    (("seed",), "in [0, 2^64), as torch has it", lambda seed: 0 <= seed < 2**64),
+    (("out_dim",), "at least 2: one prototype takes everything", lambda value: value >= 2),
+    (("lr", "initializer_range"), "positive", lambda value: value > 0),
+    (("student_temp", "teacher_temp", "teacher_temp_warmup"), f"at least {LOWEST_TEMPERATURE}", is_temperature),
+    (
+        ("global_scale", "local_scale"),
+        "(low, high) with 0 < low <= high <= 1",
+        lambda scale: 0 < scale[0] <= scale[1] <= 1,
+    ),
+    (("solarize_prob", "grayscale_prob"), "in [0, 1]", is_share),
+    (("blur_prob",), "three numbers in [0, 1]", lambda values: all(map(is_share, values))),
     (("momentum_teacher", "center_momentum"), "in [0, 1]", is_share),
     (("drop_path",), "in [0, 1)", lambda value: 0 <= value < 1),
     (("schedule_stretch",), "at least 1", lambda value: value >= 1),
@@ -151,15 +173,27 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise FileNotFoundError(f"no recipe `{name_or_path}`: expected the path of a .yaml file or one of {known}")
-    settings = yaml.safe_load(path.read_text())
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold `field: value` lines")
+    settings = read_yaml(path)
     for name, value in (overrides or {}).items():
         section, _, field = name.rpartition(".")
         if section and not isinstance(settings.get(section), dict):
             raise ValueError(f"{path.name}: no section {section} to set {field} in")
         (settings[section] if section else settings)[field] = value
     return recipe_from_dict(settings, source=path.name)
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """Return the fields and values of items like "lr=1e-3" or "msn.patch_drop=0.5", for `load_recipe`.
+
+    Raises ValueError for an item of another form.
+    """
+    overrides = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"`--set` (={item!r}) must be FIELD=VALUE")
+        overrides[name] = parse_yaml(value, f"`--set` (={item!r})")
+    return overrides
 
 
 def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -169,7 +203,8 @@ def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Rec
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write every setting; `load_recipe(path)` gives the same recipe."""
-    path.write_text(yaml.safe_dump(plain(recipe), sort_keys=False))
+    with whole_file(path) as file:
+        file.write(yaml.safe_dump(plain(recipe), sort_keys=False).encode())
 
 
 def differences(requested: Recipe, saved: Recipe) -> list[str]:

@@ -37,5 +37,9 @@ class AugmentedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
+        return self.augmented(self.images[index][0], index)
+
+    def augmented(self, image: Image.Image, index: int) -> Any:
+        """Return what the item at `index` would be if this were its image."""
         # A string seeds through SHA-512, the same in every process and version; hash() would not be.
-        return self.transform(self.images[index][0], random.Random(f"{self.seed},{self.epoch},{index}"))
+        return self.transform(image, random.Random(f"{self.seed},{self.epoch},{index}"))

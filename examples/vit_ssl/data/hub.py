@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.files import open_image
+from data.files import open_rgb
 
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
-"""What the hub's sets call our splits."""
+"""The sets of the hub call our splits by these names."""
 
 
 class HubImages(Sequence[Image.Image]):
@@ -81,4 +81,4 @@ def content(item: dict[str, Any]) -> bytes:
 
 def decode(file: bytes, name: str) -> Image.Image:
     """Return an image file in RGB; raise OSError with `name` where it cannot be read."""
-    return open_image(io.BytesIO(file), name).convert("RGB")
+    return open_rgb(io.BytesIO(file), name)

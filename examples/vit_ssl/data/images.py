@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,14 +12,15 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data.files import open_image
+from data.files import open_image, open_rgb
 from data.hub import load_hub
+from data.left_out import SUFFIXES, LeftOut, is_hidden, some
 
 NAMES = ("photos", "digits", "folder", "hub")
 SPLITS = ("train", "val", "test")
 
 CELL = 32
-"""Side of a photograph's cells in pixels; also the width of the unused margin between its regions."""
+"""A photograph is cut into cells of this side in pixels; the unused margin between its regions is as wide."""
 
 # Of the images in the wheel these are photographs with enough texture to tell them apart. What is left out are
 # drawings, synthetic and reconstructed images, silhouettes, text, faces of 25 px, and `motorcycle_right`, which shows
@@ -39,7 +41,6 @@ PHOTOS = (
     "retina.jpg",
     "rocket.jpg",
 )
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 TREE = "expected PATH/{train,val,test}/CLASS/*.jpg, or PATH/CLASS/*.jpg where everything is the train split"
 
 
@@ -55,13 +56,15 @@ class Images(Dataset):
     classes: list[str]
     labels: np.ndarray
     items: Sequence[Image.Image | Path]
+    notes: tuple[str, ...] = ()
+    """What a person should know about the folder, above all what in it is left out."""
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         item = self.items[index]
-        return (open_image(item).convert("RGB") if isinstance(item, Path) else item), int(self.labels[index])
+        return (open_rgb(item) if isinstance(item, Path) else item), int(self.labels[index])
 
 
 def load_images(name: str, split: str, *, data: Path | None = None) -> Images:
@@ -157,13 +160,23 @@ def _folder(split: str, root: Path) -> Images:
         raise FileNotFoundError(f"`data` (={str(root)!r}) has no split folders, so there is no {split!r} split: {TREE}")
     # The classes are those of all splits together, so that a label means the same class in each of them.
     tops = [root / name for name in present] or [root]
-    classes = sorted({folder.name for top in tops for folder in top.iterdir() if folder.is_dir()})
+    classes = sorted({name for top in tops for name in _class_folders(top)})
     top = root / split if present else root
-    items, labels = [], []
+    items, labels, left_out = [], [], LeftOut()
+    left_out.add_loose(top)
     for label, name in enumerate(classes):
-        found = sorted(path for path in (top / name).glob("*") if path.suffix.lower() in SUFFIXES)
+        found = left_out.add_class(top / name)
         items += found
         labels += [label] * len(found)
     if not items:
-        raise FileNotFoundError(f"no images ({', '.join(sorted(SUFFIXES))}) in {str(top)!r}: {TREE}")
-    return Images("folder", split, classes, np.array(labels, np.int64), items)
+        hints = "; ".join(left_out.notes())
+        raise FileNotFoundError(
+            f"no images ({', '.join(sorted(SUFFIXES))}) in {str(top)!r}: {TREE}{f'. Here {hints}' if hints else ''}"
+        )
+    empty = [name for label, name in enumerate(classes) if label not in set(labels)]
+    missing = [f"{len(empty)} of {len(classes)} classes have no {split} images ({some(empty)})"] if empty else []
+    return Images("folder", split, classes, np.array(labels, np.int64), items, (*left_out.notes(), *missing))
+
+
+def _class_folders(top: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(top) if entry.is_dir() and not is_hidden(entry.name)]

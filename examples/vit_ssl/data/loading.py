@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from config.recipe import Recipe
-from data.augmented_images import AugmentedImages
 from data.images import Images, load_images
 from data.stream import ImageStream, StreamedViews, stream_batches
+from data.unreadable import SubstitutedImages, Unreadable, collate
 from data.views import build_views
-from runtime.distributed import rank, world_size
+from runtime.distributed import is_main, rank, world_size
 from runtime.interruption import leave_process_group
 
 
 def training_images(recipe: Recipe, data: Path | None, images_per_epoch: int | None) -> Images | ImageStream:
-    """Return the train split of the recipe's data set.
+    """Return the train split of the recipe's data set; say on stderr what of a folder is left out.
 
     Raises ValueError when it does not fill a batch, or when `images_per_epoch` is given for a set of known length.
     """
@@ -34,6 +35,8 @@ def training_images(recipe: Recipe, data: Path | None, images_per_epoch: int | N
         images = load_images(recipe.dataset, "train", data=data)
     if len(images) < recipe.batch_size:
         raise ValueError(f"`batch_size` (={recipe.batch_size}) must be at most the number of images (={len(images)})")
+    if isinstance(images, Images) and images.notes and is_main():
+        print("\n  ".join([f"{data}:", *images.notes]), file=sys.stderr)
     return images
 
 
@@ -57,9 +60,20 @@ def micro_batch_size(recipe: Recipe, accumulate: int) -> int:
 
 
 def load_steps(
-    images: Images | ImageStream, recipe: Recipe, epoch: int, first: int, end: int, *, accumulate: int, num_workers: int
+    images: Images | ImageStream,
+    recipe: Recipe,
+    epoch: int,
+    first: int,
+    end: int,
+    output: Path,
+    *,
+    accumulate: int,
+    num_workers: int,
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield this process' `accumulate` micro-batches for each of the epoch's steps `first` to `end` - 1."""
+    """Yield this process' `accumulate` micro-batches for each of the epoch's steps `first` to `end` - 1.
+
+    Images that cannot be read are listed in OUTPUT/unreadable.txt, and others take their places.
+    """
     size = micro_batch_size(recipe, accumulate)
     views = build_views(recipe)
     if isinstance(images, ImageStream):
@@ -76,10 +90,11 @@ def load_steps(
         )
         batches: Iterable[Any] = stream_batches(streamed, num_workers)
     else:
-        dataset = AugmentedImages(images, views, recipe.seed)
+        dataset = SubstitutedImages(images, views, recipe.seed)
         dataset.set_epoch(epoch)
         steps = epoch_batches(len(images), recipe.batch_size, recipe.seed, epoch)[first:end]
-        batches = load_batches(dataset, own_parts(steps, accumulate), num_workers)
+        loaded = load_batches(dataset, own_parts(steps, accumulate), num_workers)
+        batches = Unreadable(images, output).batches(loaded)
     # zip takes the same iterator `accumulate` times, which gives tuples of consecutive micro-batches.
     return zip(*[iter(batches)] * accumulate, strict=True)
 
@@ -98,11 +113,12 @@ def own_parts(steps: np.ndarray, accumulate: int) -> list[list[int]]:
     return parts[:, :, rank()].reshape(len(steps) * accumulate, -1).tolist()
 
 
-def load_batches(dataset: Dataset, batches: list[list[int]], num_workers: int) -> Iterable[Any]:
-    """Return the collated samples of every list of indices."""
+def load_batches(dataset: SubstitutedImages, batches: list[list[int]], num_workers: int) -> Iterable[Any]:
+    """Return the collated samples, and what could not be read, of every list of indices."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
+        collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=leave_process_group,
         pin_memory=torch.cuda.is_available(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ASPECT_RATIOS = (0.3, 1 / 0.3)
-"""Height over width of a block, drawn log-uniformly."""
+"""The height over the width of a block is drawn log-uniformly from this range."""
 
 
 def block_mask(height: int, width: int, ratio: float, rng: random.Random) -> Tensor:

@@ -17,7 +17,7 @@ from data.hub import content, decode, open_set
 from runtime.interruption import leave_process_group
 
 SHUFFLE_BUFFER = 1000
-"""Undecoded images among which each loader process draws the next one; shards are shuffled besides."""
+"""Each loader process draws its next image from so many undecoded ones; the order of the shards is shuffled, too."""
 
 
 class ImageStream:

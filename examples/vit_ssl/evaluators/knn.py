@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config.settings import LOWEST_TEMPERATURE, is_temperature
 from evaluators.protocol import Evaluation, Features, Metric
 from runtime.distributed import device
 from runtime.shares import gather, share
@@ -30,12 +31,17 @@ def knn(evaluation: Evaluation, options: KNNOptions = KNNOptions()) -> Iterator[
 
     Raises ValueError when an option is out of range.
     """
-    if options.temperature <= 0:
-        raise ValueError(f"`temperature` (={options.temperature}) must be positive")
+    if not is_temperature(options.temperature):
+        raise ValueError(f"`temperature` (={options.temperature}) must be at least {LOWEST_TEMPERATURE}")
     if min(options.ks, default=1) < 1:
         raise ValueError(f"`ks` (={options.ks}) must be at least 1")
     bank, val = evaluation.features("train"), evaluation.features("val")
-    ks = options.ks or ((5, 10, 20, 50) if len(bank.labels) < 10_000 else (5, 10, 20, 50, 100, 200))
+    size = len(bank.labels)
+    if max(options.ks, default=0) > size:
+        raise ValueError(f"`ks` (={options.ks}) must be at most {size}, the number of train images")
+    # Of a set smaller than all of these every image is a neighbour.
+    usual = (5, 10, 20, 50) if size < 10_000 else (5, 10, 20, 50, 100, 200)
+    ks = options.ks or tuple(k for k in usual if k <= size) or (size,)
     on_val = predict(bank, val, ks, options.temperature)
     sweep = {k: float(np.mean(predicted == val.labels)) for k, predicted in on_val.items()}
     k = max(sweep, key=sweep.__getitem__)

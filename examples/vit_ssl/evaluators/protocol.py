@@ -52,12 +52,12 @@ class Evaluation:
     """All that a protocol may use. Everything in it is the same on every rank."""
 
     encoder: Encoder | None
-    """None when raw pixels are evaluated."""
+    """The network; None when raw pixels are evaluated."""
     features: FeaturesOf
     split: str
     """The split that is reported, "val" or "test"; settings are chosen on val."""
     data: Path | None
-    """What the option --data names."""
+    """The folder or the hub set that the option --data names."""
     run: Run | None
     """The head, the centre and the recipe, where the checkpoint is a run of pretrain.py."""
     output: Path

@@ -45,11 +45,11 @@ class Request:
     features: Weights = "teacher"
     """The checkpoint's weights, random ones (for a run: those before its first step), or raw pixels."""
     split: Literal["val", "test"] = "val"
-    """What is reported; settings (k, C, learning rates) are chosen on val in either case."""
+    """The split whose results are reported; settings (k, C, learning rates) are chosen on val in either case."""
     data: Path | None = None
     """Folder of images in place of the run's own data set; retrieval and video take folders of their own kind."""
     dataset: Literal["photos", "digits", "folder", "hub"] | None = None
-    """By default the run's own; with --data folder, or hub for a run on images of the hub."""
+    """Kind of data set: by default the run's own; with --data folder, or hub for a run on images of the hub."""
     output: Path | None = None
     """Folder of results.jsonl and whatever else protocols write; by default the run's directory."""
     key: str = "teacher"
@@ -57,10 +57,17 @@ class Request:
     heads: int | None = None
     """Attention heads of the network in a .pth file, where it is no ViT-Ti, S, B, L or H."""
     extract: ExtractOptions = dataclasses.field(default_factory=ExtractOptions)
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 def open_evaluation(request: Request) -> Evaluation:
-    """Open the checkpoint; images are read when a protocol asks for features."""
+    """Open the checkpoint; images are read when a protocol asks for features.
+
+    Raises ValueError for a setting that is out of range or without a meaning here, FileNotFoundError for a folder
+    that is not there.
+    """
+    _check(request)
     run = _open_run(Path(request.checkpoint))
     if run:
         encoder = as_encoder(run.backbone, request.checkpoint, image_size=run.recipe.image_size)
@@ -97,6 +104,19 @@ def open_evaluation(request: Request) -> Evaluation:
     # A run's head and centre belong to the weights they were trained with.
     own = run if request.features == "teacher" else None
     return Evaluation(chosen, features, request.split, request.data, own, output, dataset)
+
+
+def _check(request: Request) -> None:
+    for name, low in {"image_size": 1, "batch_size": 1, "num_workers": 0}.items():
+        value = getattr(request.extract, name)
+        if value is not None and value < low:
+            raise ValueError(f"`{name}` (={value}) must be at least {low}")
+    for name, default in {"key": "teacher", "heads": None}.items():
+        value = getattr(request, name)
+        if value != default and not Path(request.checkpoint).is_file():
+            raise ValueError(f"`{name}` (={value!r}) is only for .pth files, which {request.checkpoint!r} is not")
+        if name == "heads" and value is not None and value < 1:
+            raise ValueError(f"`heads` (={value}) must be at least 1")
 
 
 def _open_run(directory: Path) -> Run | None:

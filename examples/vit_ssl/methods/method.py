@@ -17,11 +17,11 @@ from vmf_heads.centering import teacher_targets
 from vmf_heads.head import PrototypeHead, find_head
 
 Batch = Mapping[str, list[Tensor]]
-"""What the method's `data.views` give, collated."""
+"""The collated views that the method's part of `data.views` makes."""
 Statistics = dict[str, float | Tensor]
 
 STATISTICS_ROWS = 256
-"""Teacher rows whose targets are looked at per step, so that the statistics need no (N, K) of all rows."""
+"""The statistics of a step look at the targets of so many teacher rows, so that they need no (N, K) of all rows."""
 
 
 class Method(nn.Module, ABC):

@@ -98,6 +98,26 @@ def kappa_histogram(kappas: Mapping[str, np.ndarray], temperature: float, *, dar
         return to_svg(figure)
 
 
+def accuracy_by_kappa(ranges: Mapping[str, Rows], *, dark: bool = False) -> str:
+    """Draw the kNN accuracy of images by the kappa of their component, one line per run, with standard errors.
+
+    `ranges` maps a run's label to ranges of kappa from the lowest: `value` in [0, 1], `standard_error`, `n`.
+    """
+    with plt.rc_context(style(dark)):
+        figure, axis = plt.subplots(figsize=(9.2, 3.2), layout="constrained")
+        for index, (label, rows) in enumerate(ranges.items()):
+            places = np.arange(1, len(rows) + 1) + 0.06 * (index - (len(ranges) - 1) / 2)
+            values, errors = (100 * np.array([row[name] for row in rows]) for name in ("value", "standard_error"))
+            axis.errorbar(
+                places, values, errors, color=COLORS[dark][index], linestyle=DASHES[index], linewidth=1.8,
+                marker="os"[index], markersize=5, capsize=3, label=label,
+            )  # fmt: skip
+        axis.set(xlabel="part of the test images, from the lowest κ to the highest", ylabel="kNN, per cent")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(loc="upper left")
+        return to_svg(figure)
+
+
 def usage(counts: Mapping[str, Mapping[str, np.ndarray]], *, dark: bool = False) -> str:
     """Draw the training images won by each prototype, sorted, on a log scale, in a panel for each way to choose.
 

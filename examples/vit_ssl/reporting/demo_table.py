@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from storage.json_lines import Row, read_rows
 
 # Row of the table: (run whose directory holds its evaluations, what was evaluated).
 MODELS = {
@@ -24,22 +25,15 @@ ACCURACIES = {
     "5-shot": ("fewshot", "5-shot"),
     "linear": ("linear", "top1"),
 }
-COLUMNS = (*ACCURACIES, "used by scores", "used by targets", "seconds")
+USE = {"used by logits": "used_logits", "used by targets": "used_targets"}
+COLUMNS = (*USE, "κ 5–95 %", *ACCURACIES, "seconds")
 STANDARD_ERRORS = 3.0
 """A difference smaller than this many standard errors is not called one."""
-
-Row = dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def is_evaluated(directory: Path, features: str) -> bool:
     """Return whether `evaluate.py all` has written everything that a table takes from these features of a run."""
-    path = directory / "results.jsonl"
-    found = {row["protocol"] for row in read_rows(path) if row["features"] == features} if path.exists() else set()
+    found = {row["protocol"] for row in read_rows(directory / "results.jsonl") if row["features"] == features}
     needed = {protocol for protocol, _ in ACCURACIES.values()}
     return found >= needed | ({"prototypes"} if features == "teacher" else set())  # others have none to count
 
@@ -48,22 +42,24 @@ def make_table(output: Path) -> list[Row]:
     """Return one row per model from the runs' results.jsonl; accuracies in [0, 1], None where a number does not exist.
 
     Each accuracy has its standard error beside it: binomial for `kNN` and `linear` (over test images), the standard
-    deviation over training sets for the few-shot ones. `seconds` is the time spent in training steps.
+    deviation over training sets for the few-shot ones. `κ 5–95 %` has these two quantiles over the prototypes,
+    `seconds` is the time spent in training steps.
     """
     table = []
     for model, (run, features) in MODELS.items():
         # Later rows replace earlier ones: an evaluation that was interrupted has been repeated.
         rows = {(row["protocol"], row["metric"]): row for row in read_rows(output / run / "results.jsonl")
                 if row["features"] == features and row["split"] in ("test", "train")}  # fmt: skip
+        pretrained = features == "teacher"
         entry: Row = {"model": model}
         for column, key in ACCURACIES.items():
             value, n = rows[key]["value"], rows[key]["n"]
             entry[column] = value
             entry[f"{column} ±"] = rows[key].get("sd", math.sqrt(value * (1 - value) / n))
-        pretrained = features == "teacher"
-        entry["prototypes"] = rows["prototypes", "prototypes"]["value"] if pretrained else None
-        entry["used by scores"] = rows["prototypes", "used_scores"]["value"] if pretrained else None
-        entry["used by targets"] = rows["prototypes", "used_targets"]["value"] if pretrained else None
+        counted = {name: row["value"] for (protocol, name), row in rows.items() if protocol == "prototypes"}
+        for name, metric in {"prototypes": "prototypes", **USE}.items():
+            entry[name] = counted[metric] if pretrained else None
+        entry["κ 5–95 %"] = [counted["kappa_p05"], counted["kappa_p95"]] if pretrained else None
         entry["seconds"] = read_rows(output / run / "metrics.jsonl")[-1]["seconds"] if pretrained else None
         table.append(entry)
     return table
@@ -89,8 +85,10 @@ def format_cell(row: Mapping[str, Any], column: str) -> str:
         return "–"
     if column == "seconds":
         return f"{value:.0f}"
-    if column not in ACCURACIES:
+    if column in USE:
         return f"{value}/{row['prototypes']}"
+    if column not in ACCURACIES:
+        return "–".join(f"{quantile:.1f}" for quantile in value)
     return f"{100 * value:.1f} ± {100 * row[f'{column} ±']:.1f}"
 
 

@@ -69,7 +69,7 @@ SOURCES: dict[str, dict[str, Source]] = {
     VIDEO.number: {column: Source("video", column.replace(" mean", "-Mean")) for column in VIDEO.columns},
     FINE_TUNING.number: _of_small_sets("finetune", FINE_TUNING.columns, {"Aircraft"}),
 }
-"""By the table's number and its column."""
+"""The key is the table's number and its column."""
 
 HOW: dict[str, str] = {
     ABLATION.number: "the six cells are six pretrainings, a recipe with `--set normalization=... centering=...`",
@@ -82,7 +82,7 @@ HOW: dict[str, str] = {
     FINE_TUNING.number: "`evaluate.py finetune --data IMAGENET`, and `evaluate.py finetune-small --data DIR` for each "
     "other data set, whose name is in that of DIR",
 }
-"""By the table's number: the commands that fill it."""
+"""The commands that fill a table, by its number."""
 
 
 def find(rows: Sequence[Row], source: Source) -> Row | None:

@@ -67,7 +67,7 @@ CHARTS: dict[str, tuple[str, str, Callable[..., str]]] = {
     "void": (PROTOTYPES, "cosine_to_minus_mean", void),
     "knn_by_kappa": (BY_KAPPA, "top1", by_kappa),
 }
-"""By name: the table it is drawn from, a column that this must have, and what draws it."""
+"""By a picture's name: the table it is drawn from, a column that the table must have, and the function that draws."""
 
 
 def draw_charts(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from evaluators.protocol import Metric
+from storage.json_lines import Row, read_rows
+from storage.whole_file import whole_file
 
 RESULTS = "results.jsonl"
 NOTES = ("k", "C", "lr", "sd", "draws", "cosine")  # shown in the table where a row has them
-
-Row = dict[str, Any]
 
 
 def make_rows(metrics: Iterable[Metric], **common: Any) -> list[Row]:
@@ -31,16 +30,8 @@ def make_rows(metrics: Iterable[Metric], **common: Any) -> list[Row]:
 
 
 def read_results(output: Path) -> list[Row]:
-    """Return all rows of OUTPUT/results.jsonl."""
-    path = output / RESULTS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append_rows(output: Path, rows: Iterable[Row]) -> None:
-    """Append to OUTPUT/results.jsonl."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / RESULTS).open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    """Return all rows of OUTPUT/results.jsonl that are whole."""
+    return read_rows(output / RESULTS)
 
 
 def save_predictions(output: Path, protocol: str, features: str, split: str, metrics: Iterable[Metric]) -> None:
@@ -49,7 +40,8 @@ def save_predictions(output: Path, protocol: str, features: str, split: str, met
     for number, metric in enumerate(metric for metric in metrics if metric.predictions is not None):
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{protocol}-{features}-{split}" + (f"-{metric.name}" if number else "")
-        np.save(folder / f"{name}.npy", metric.predictions)
+        with whole_file(folder / f"{name}.npy") as file:
+            np.save(file, metric.predictions)
 
 
 def print_table(rows: Iterable[Row]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -56,6 +59,22 @@ def gather_rows(values: torch.Tensor) -> torch.Tensor:
     rows = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(rows, values)
     return torch.stack(rows)
+
+
+def on_main(work: Callable[[], Result]) -> Result:
+    """Return on every process what `work` returns on the main one; raise its error on all of them, too."""
+    if not dist.is_initialized():
+        return work()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def barrier() -> None:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from runtime.failure import Failure
 from runtime.interruption import postponed_signals
 
 
@@ -29,8 +30,8 @@ class Job:
     steps: int = 0  # of the whole job, including those done before it was resumed
 
 
-class JobFailed(RuntimeError):
-    """A command ended with an error; the message holds the end of its output."""
+class JobFailed(Failure):
+    """A command ended with an error; the message holds what it said about it, or the end of its output."""
 
 
 class _Lane:
@@ -60,8 +61,7 @@ class _Lane:
         if code is None:
             return True
         if code:
-            end = "\n".join(self.job.log.read_text(errors="replace").splitlines()[-15:])
-            raise JobFailed(f"{self.label}, {self.job.title}: exit status {code}; the end of {self.job.log}:\n{end}")
+            raise JobFailed(f"{self.label}, {self.job.title}: exit status {code}; {_reason(self.job.log)}")
         if self.start_next():
             return True
         self.done = time.monotonic() - self.began
@@ -116,6 +116,14 @@ def run_lanes(lanes: Mapping[str, Sequence[Job]], *, stream: TextIO = sys.stderr
                 lane.process.wait()
         if received:
             sys.exit(128 + received[0])
+
+
+def _reason(log: Path) -> str:
+    last = log.read_text(errors="replace").splitlines()[-15:]
+    told = next((number for number, line in enumerate(last) if ": error: " in line), None)
+    if told is not None:  # by `sound_ending`
+        return "\n".join([*last[told:], f"(from {log})"])
+    return "\n".join([f"the end of {log}:", *last])
 
 
 def last_row(path: Path | None) -> dict[str, Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from runtime.failure import Failure
+
 SHARE = 0.01
-"""Of ln K: what counts as nothing."""
+"""An entropy below this share of ln K counts as none."""
 FEWEST_IMAGES = 8
-"""Among which the targets of fewer images may be alike by chance."""
+"""With fewer images, targets may be alike by chance; then only uniform ones are looked for."""
 
 
-class TrainingCollapsed(RuntimeError):
+class TrainingCollapsed(Failure):
     """The run was stopped because its targets have collapsed; the message says how and what helps."""
 
 
@@ -23,13 +25,13 @@ class CollapseDetector:
     - The targets are the same for every image: their marginal entropy is no larger than their own. Mostly one prototype
       has taken all images.
 
-    Each to 1 % of ln K.
+    Both are tested to within 1 % of ln K.
 
     Args:
         num_prototypes: K.
-        window: how many steps in a row are evidence; 0 never stops a run.
-        images: that one process' statistics are about. Of fewer than 8 the targets may be alike by chance, and only
-            uniform ones are looked for.
+        window: the number of suspicious steps in a row after which the run is stopped; 0 never stops it.
+        images: the number of images behind one process' statistics. With fewer than 8 only uniform targets are
+            looked for.
     """
 
     def __init__(self, num_prototypes: int, window: int, images: int) -> None:

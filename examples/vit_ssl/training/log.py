@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from runtime.distributed import gather_rows
+from storage.json_lines import parsed
+from storage.whole_file import whole_file
 
 METRICS = "metrics.jsonl"
 CURVES = "tensorboard"
@@ -44,8 +46,11 @@ class MetricsLog:
     def __init__(self, directory: Path, *, step: int, curves: bool = False) -> None:
         self._curves = _curves(directory / CURVES, step) if curves else None
         path = directory / METRICS
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step))
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
+        if kept != lines:
+            with whole_file(path) as file:
+                file.writelines(kept)
         self._file = path.open("a")
 
     def write(self, row: Mapping[str, float]) -> None:
@@ -63,11 +68,8 @@ class MetricsLog:
             self._curves.close()
 
 
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # a line that was only half written
-        return float("inf")
+def _step(line: bytes) -> float:
+    return (parsed(line) or {}).get("step", float("inf"))  # a line that was only half written has none
 
 
 def _curves(directory: Path, step: int) -> Any:

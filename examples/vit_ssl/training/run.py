@@ -14,6 +14,7 @@ from config.recipe import Recipe
 from methods.backbone import build_backbone
 from methods.method import Method
 from methods.registry import build_method
+from storage.torch_file import UnreadableFile
 from training.checkpoint_file import CHECKPOINT, PREVIOUS, load_checkpoint, save_checkpoint
 from training.log import METRICS
 
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 RUN_FILES = (CHECKPOINT, PREVIOUS, "recipe.yaml", METRICS, "results.jsonl", "backbone")
-"""What makes a directory a run: pretraining refuses to start a new one where any of these exist."""
+"""These files make a directory a run; pretraining refuses to start a new run where any of them exists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +61,16 @@ class Run:
 def load_run(directory: str | Path, device: str | torch.device = "cpu") -> Run:
     """Open the last checkpoint of the run in `directory` for evaluation, however many processes wrote it.
 
-    Raises FileNotFoundError when there is none.
+    Raises FileNotFoundError when there is none, UnreadableFile when it is damaged or not of a run.
     """
     state: dict[str, Any] = load_checkpoint(Path(directory))
     # Not fused: heads return scores and the loss takes them, as an evaluation wants to see them.
     method = build_method(dataclasses.replace(state["recipe"], fused_loss=False)).to(device)
-    method.load_state_dict(state["method"])
+    try:
+        method.load_state_dict(state["method"])
+    except (KeyError, RuntimeError) as error:
+        path = Path(directory) / CHECKPOINT
+        raise UnreadableFile(f"the weights in {path} are not those of its recipe: {str(error).strip()}") from error
     method.attach()
     method.requires_grad_(False).eval()
     return Run(state["recipe"], method, state["step"], state["epoch"])

@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from config.recipe import Recipe, differences, save_recipe
 from methods.method import Method
-from runtime.distributed import barrier, is_main, world_size
+from runtime.distributed import barrier, is_main, on_main, world_size
+from runtime.failure import explain
 from runtime.interruption import postponed_signals
+from storage.lock import locked
 from training.collapse import TrainingCollapsed
 from training.log import MetricsLog, mean_statistics
 from training.run import RUN_FILES, load_checkpoint, save_checkpoint
@@ -28,6 +30,32 @@ def refuse_to_overwrite(output: Path) -> None:
     """Raise FileExistsError when `output` holds a run."""
     if found := [name for name in RUN_FILES if (output / name).exists()]:
         raise FileExistsError(f"`output` (={str(output)!r}) already holds a run ({found[0]}): use another, or --resume")
+
+
+@contextlib.contextmanager
+def writing(output: Path, *, resume: bool) -> Iterator[None]:
+    """Around everything that writes into `output`: no other run does meanwhile, and no run there is overwritten.
+
+    The main process holds the lock for all of torchrun's. Every process must call it.
+
+    Raises:
+        FileExistsError: `output` holds a run, and `resume` is false.
+        FileNotFoundError: `output` does not exist, and `resume` is true.
+        FolderInUse: another run writes into `output`.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            if resume and not output.is_dir():
+                raise FileNotFoundError(f"`output` (={str(output)!r}) must be the folder of a run, with --resume")
+            if not resume:
+                refuse_to_overwrite(output)  # before an empty lock is made beside the run
+            stack.enter_context(locked(output))
+            if not resume:
+                refuse_to_overwrite(output)  # of a process that began and ended in between
+
+        on_main(claim)
+        yield
 
 
 def state_to_resume(output: Path, recipe: Recipe) -> dict[str, Any]:
@@ -60,7 +88,8 @@ class Session:
         self.recipe, self.output, self.images, self.last_step = recipe, output, images, last_step
         self.log_every, self.tensorboard = log_every, tensorboard
         self.step, self.signal = 0, 0
-        self._saved_step, self._seconds = 0, 0.0
+        self._saved_step: int | None = None
+        self._seconds = 0.0
 
     def begin(self, method: Method, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None) -> None:
         """Continue from `state`, or write the recipe and the checkpoint of step 0 into a new directory.
@@ -75,11 +104,11 @@ class Session:
         if state is not None:
             restore_state(method, optimizer, state)
             self.step, self._saved_step, self._seconds = state["step"], state["step"], state["seconds"]
-            return
-        if is_main():
-            self.output.mkdir(parents=True, exist_ok=True)
+        else:
+            self.save(method, optimizer)
+        # After the checkpoint, so that a process killed in between has left a run to resume, or none at all.
+        if is_main() and not (self.output / "recipe.yaml").exists():
             save_recipe(self.recipe, self.output / "recipe.yaml")
-        self.save(method, optimizer)
 
     def __enter__(self) -> Session:
         """Open the log and the progress bar, and postpone SIGTERM and Ctrl-C to the end of a step."""
@@ -127,26 +156,34 @@ class Session:
         """Make the errors of a training that has failed say at which step, and which checkpoint there is."""
         try:
             yield
-        except (FloatingPointError, TrainingCollapsed) as error:
-            kept = f"{self.output} keeps the checkpoint of step {self._saved_step}"
+        except (FloatingPointError, TrainingCollapsed, OSError) as error:
+            saved = f"keeps the checkpoint of step {self._saved_step}" if self._saved_step is not None else "is empty"
+            kept = f"{self.output} {saved}"
+            if isinstance(error, OSError):  # the disk is full, for example
+                raise OSError(f"step {self.step}: {explain(error)}. {kept}") from error
             raise type(error)(f"step {self.step}: {error}. {kept}") from None
 
     def log_step(self, row: Mapping[str, float]) -> None:
         """Show the step that was counted, and write its numbers to the log if it is due."""
         if self._log and (self.step % self.log_every == 0 or self.step == self.last_step):
             speed = {"images_per_second": self.recipe.batch_size / self._duration, "seconds": self._seconds}
-            self._log.write({"step": self.step, **row, **speed})
+            with self.errors_name_the_step():
+                self._log.write({"step": self.step, **row, **speed})
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         self._bar.update(self.recipe.batch_size)
 
     def save(self, method: Method, optimizer: torch.optim.Optimizer) -> None:
         """Write the checkpoint of this step; every process must call it."""
         whole = whole_state(method, optimizer)
-        if is_main():
-            epoch = self.step // (self.images // self.recipe.batch_size)
-            progress = {"step": self.step, "epoch": epoch, "seconds": self._seconds}
-            save_checkpoint(self.output, {"recipe": self.recipe, "images": self.images, **progress, **whole})
-        barrier()  # nobody leaves, which would stop the others, before the file is there
+        epoch = self.step // (self.images // self.recipe.batch_size)
+        progress = {"step": self.step, "epoch": epoch, "seconds": self._seconds}
+        with self.errors_name_the_step():
+            # Nobody leaves, which would stop the others, before the file is there.
+            on_main(
+                lambda: save_checkpoint(
+                    self.output, {"recipe": self.recipe, "images": self.images, **progress, **whole}
+                )
+            )
         self._saved_step = self.step
 
     def leave(self) -> None:

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from .._checks import at_least
 from .._matmul import at_least_float32
-from ..centering import make_centering
 from ..cross_entropy import dino_pairs
 from ..head import VMFPrototypeHead
 from ..prototypes import HeadOutput
-from ._attached import AttachedLoss, TeacherSide, features_of, with_prototypes
+from ..teacher import TeacherSide, TeacherTargets, features_of, with_prototypes
+from ._attached import AttachedLoss
 from ._temperature import temperature_at, temperature_schedule
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class DINOLoss(AttachedLoss):
         center_momentum: momentum of the centre.
         centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p, for the ablation of Table 1.
         center_on: see `ProbabilityCentering`; for centering="probability" only.
+        center_start: "zeros", or "first_batch": the first update sets the centre.
         fused: compute loss and gradients from features with `prototype_cross_entropy`, without the (N, K) logits. Same
             numbers to rounding, a fraction of the memory; attached heads then return features.
         process_group: the ranks that share one centre; None means all of them.
@@ -102,18 +103,27 @@ class DINOLoss(AttachedLoss):
         *,
         centering: str = "probability",
         center_on: str = "responsibilities",
+        center_start: str = "zeros",
         fused: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(student_temp, fused=fused, num_prototypes=at_least("out_dim", out_dim, 1))
+        super().__init__(
+            TeacherTargets(
+                at_least("out_dim", out_dim, 1),
+                student_temp,
+                center_momentum,
+                centering=centering,
+                center_on=center_on,
+                center_start=center_start,
+                fused=fused,
+                process_group=process_group,
+            )
+        )
         self.num_prototypes = out_dim
         self.ncrops = at_least("ncrops", ncrops, 2)
         self.center_momentum = center_momentum
         self.teacher_temp_schedule = temperature_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
-        )
-        self.centering = make_centering(
-            (1, out_dim), center_momentum, centering=centering, center_on=center_on, process_group=process_group
         )
 
     def forward(
@@ -129,22 +139,18 @@ class DINOLoss(AttachedLoss):
         Then the centre is updated. With fused=True both are features (..., p). When gradients are accumulated over
         micro-batches, commit=False on all but the last makes one update from all of them.
         """
-        student_rows, teacher_rows = len(features_of(student_output)), len(features_of(teacher_output))
-        if teacher_rows % 2 or student_rows * 2 != teacher_rows * self.ncrops:
-            raise ValueError(
-                f"`student_output` (of {student_rows} rows) must have `ncrops` (={self.ncrops}) rows per image and "
-                f"`teacher_output` (of {teacher_rows} rows) 2, crop by crop"
-            )
+        images = self._check_rows(student_output, teacher_output)
         teacher, side = self._read(teacher_output, epoch)
+        self.teacher.check_outputs(teacher_output, student_output)
         if isinstance(teacher, HeadOutput):
             student = with_prototypes(student_output, self._attached()[0].last_layer)
-            pairs, weights = dino_pairs(teacher_rows // 2, self.ncrops, device=student.features.device)
+            pairs, weights = dino_pairs(images, self.ncrops, device=student.features.device)
             loss = side.cross_entropy(student, teacher, self.student_temp, teacher_rows=pairs, weights=weights)
         else:
             loss = self._cross_entropy(features_of(student_output), side.targets(teacher))
             side.accumulate_(teacher)
         if commit:
-            self.centering.commit_()
+            self.teacher.commit_()
         return loss
 
     @torch.no_grad()
@@ -162,7 +168,17 @@ class DINOLoss(AttachedLoss):
         teacher, side = self._read(teacher_output, epoch)
         side.accumulate_(teacher)
         if commit:
-            self.centering.commit_()
+            self.teacher.commit_()
+
+    def _check_rows(self, student_output: Tensor | HeadOutput, teacher_output: Tensor | HeadOutput) -> int:
+        """The number of images in a batch, or an error if the outputs do not have the same."""
+        student_rows, teacher_rows = len(features_of(student_output)), len(features_of(teacher_output))
+        if teacher_rows % 2 or student_rows * 2 != teacher_rows * self.ncrops:
+            raise ValueError(
+                f"`student_output` (of {student_rows} rows) must have `ncrops` (={self.ncrops}) rows per image and "
+                f"`teacher_output` (of {teacher_rows} rows) 2, crop by crop"
+            )
+        return teacher_rows // 2
 
     def _cross_entropy(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         logits = at_least_float32(student_logits) / self.student_temp
@@ -181,5 +197,5 @@ class DINOLoss(AttachedLoss):
         shape = features_of(output).shape
         if shape[1:] != (columns,):
             raise ValueError(f"`teacher_output` (of shape {tuple(shape)}) must be (N, {columns})")
-        side = self._teacher_side(self.centering, temperature_at(self.teacher_temp_schedule, epoch))
+        side = self.teacher.at(temperature_at(self.teacher_temp_schedule, epoch))
         return (with_prototypes(output, side.layer) if self.fused else features_of(output)), side

@@ -22,11 +22,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import positive
 from .._matmul import at_least_float32
 from ..head import VMFPrototypeHead
-from ._attached import SingleCenterLoss
-from ._sinkhorn import sinkhorn_knopp
+from ._late_center import LateCenterLoss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,63 +70,7 @@ class DINOHead(VMFPrototypeHead):
         )
 
 
-class _LateCenterLoss(SingleCenterLoss):
-    """The teacher's side of DINOv2's two losses: its targets by centring or Sinkhorn-Knopp, and the late centre.
-
-    As in DINOv2 a batch enters the centre when the targets of the next one are asked for.
-    """
-
-    updated = True  # DINOv2's name: whether no update of the centre is pending
-    _teacher_temp: float | None = None
-
-    @torch.no_grad()
-    def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
-        """The teacher's probabilities (..., K), Eq. 7, of its head's output (..., K), after the pending centre update.
-
-        The temperature is remembered for `update_center`, which DINOv2 does not tell it.
-        """
-        self._attached()  # raises before anything changes
-        self._teacher_temp = positive("teacher_temp", teacher_temp)
-        self.apply_center_update()
-        return self._targets("teacher_output", teacher_output, teacher_temp)
-
-    @torch.no_grad()
-    def update_center(self, teacher_output: Tensor) -> None:
-        """Take the head's output (..., K) of this batch into the next centre, Eq. 9 or Eq. 8; averages over all rows.
-
-        Raises RuntimeError before the first `softmax_center_teacher`.
-        """
-        self.reduce_center_update(teacher_output)
-
-    @torch.no_grad()
-    def reduce_center_update(self, teacher_output: Tensor) -> None:
-        """What `update_center` does; the ranks' sums are added in `apply_center_update`."""
-        if self._teacher_temp is None:
-            raise RuntimeError("call `softmax_center_teacher` before `update_center`: it tells the teacher temperature")
-        self._accumulate("teacher_output", teacher_output, self._teacher_temp)
-        self.updated = False
-
-    @torch.no_grad()
-    def apply_center_update(self) -> None:
-        """Finish a pending update of the centre, over all ranks; without one nothing happens."""
-        if not self.updated:
-            self.centering.commit_()
-            self.updated = True
-
-    @torch.no_grad()
-    def _sinkhorn_knopp(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int) -> Tensor:
-        self._check_columns("teacher_output", teacher_output)
-        logits = at_least_float32(teacher_output) / positive("teacher_temp", teacher_temp)
-        return sinkhorn_knopp(logits, n_iterations, self.centering.process_group)
-
-    def _log_student(self, name: str, logits: Tensor) -> Tensor:
-        """log P_s (..., K) of the student's logits (..., K), Eq. 6."""
-        self._attached()
-        self._check_columns(name, logits)
-        return torch.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
-
-
-class DINOLoss(_LateCenterLoss):
+class DINOLoss(LateCenterLoss):
     """DINOv2's loss on [CLS] tokens for vMF heads. Experimental.
 
     With heads of prototype norm 1 and centering="logit" (or under Sinkhorn-Knopp) it is DINOv2's own loss.
@@ -139,6 +81,7 @@ class DINOLoss(_LateCenterLoss):
         center_momentum: momentum of the centre.
         centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p.
         center_on: see `ProbabilityCentering`; for centering="probability" only.
+        center_start: "zeros", or "first_batch": the first update sets the centre.
         process_group: the ranks that share one centre; None means all of them.
 
     `attach(student, teacher, head="dino_head")` must be called once. State dict: `log_center` (K,) with probability
@@ -170,9 +113,12 @@ class DINOLoss(_LateCenterLoss):
         *,
         centering: str = "probability",
         center_on: str = "responsibilities",
+        center_start: str = "zeros",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(out_dim, student_temp, center_momentum, (1, out_dim), centering, center_on, process_group)
+        super().__init__(
+            out_dim, student_temp, center_momentum, (1, out_dim), centering, center_on, center_start, process_group
+        )
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
@@ -186,6 +132,13 @@ class DINOLoss(_LateCenterLoss):
 
         Both are sequences of (B, K), or the teacher's a tensor (crops, B, K): logits and probabilities.
         """
+        if isinstance(student_output_list, Tensor):
+            raise TypeError(
+                f"`student_output_list` (a tensor of shape {tuple(student_output_list.shape)}) must be a sequence of "
+                "(B, K), one for each crop: every crop meets every target here, and the pairs are summed. The mean "
+                "over pairs of different views, which stable-pretraining calls with tensors, is "
+                "vmf_heads.compat.stable_pretraining.DINOv1Loss"
+            )
         teacher = list(teacher_out_softmaxed_centered_list)
         if not teacher or any(t.shape != s.shape for t in teacher for s in student_output_list):
             raise ValueError(
@@ -199,7 +152,7 @@ class DINOLoss(_LateCenterLoss):
         return total
 
 
-class iBOTPatchLoss(_LateCenterLoss):
+class iBOTPatchLoss(LateCenterLoss):
     """DINOv2's loss on masked patches for vMF heads. Experimental.
 
     With heads of prototype norm 1 and centering="logit" (or under Sinkhorn-Knopp) it is DINOv2's own loss.
@@ -210,6 +163,7 @@ class iBOTPatchLoss(_LateCenterLoss):
         center_momentum: momentum of the centre.
         centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p.
         center_on: see `ProbabilityCentering`; for centering="probability" only.
+        center_start: "zeros", or "first_batch": the first update sets the centre.
         process_group: the ranks that share one centre; None means all of them.
 
     `attach(student, teacher, head="ibot_head")` must be called once ("dino_head" where the head is shared). State dict:
@@ -230,10 +184,18 @@ class iBOTPatchLoss(_LateCenterLoss):
         *,
         centering: str = "probability",
         center_on: str = "responsibilities",
+        center_start: str = "zeros",
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
-            patch_out_dim, student_temp, center_momentum, (1, 1, patch_out_dim), centering, center_on, process_group
+            patch_out_dim,
+            student_temp,
+            center_momentum,
+            (1, 1, patch_out_dim),
+            centering,
+            center_on,
+            center_start,
+            process_group,
         )
 
     @torch.no_grad()

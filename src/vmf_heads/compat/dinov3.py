@@ -11,7 +11,7 @@ teacher's go through Sinkhorn-Knopp, which removes log C_p exactly, so that Eq. 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class DINOHead(PrototypeHead):
     >>> features.shape, head(features, only_last_layer=True).shape
     (torch.Size([4, 8]), torch.Size([4, 100]))
     """
+
+    SERVES_STOCK_LOSSES: ClassVar[bool] = True  # Sinkhorn-Knopp removes the teacher's log C_p, at any temperature
 
     def __init__(
         self,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from evaluators.features.position_embeddings import interpolate_as_dino
 from evaluators.features.public_checkpoints import open_public_checkpoint
+from storage.torch_file import UnreadableFile
 from training.checkpoint_file import CHECKPOINT
 
 SOURCES = (
@@ -27,17 +30,17 @@ class Encoder:
     model: PreTrainedModel
     """A transformers ViTModel, ViTMSNModel, Dinov2Model, ..."""
     source: str
-    """What the user named."""
+    """The name or path that the user gave."""
     patch_size: int
     """Side of a patch in px."""
     dim: int
-    """D, the width."""
+    """Width D of the features."""
     depth: int
-    """How many blocks."""
+    """Number of blocks."""
     image_size: int
     """Side in px at which images are evaluated."""
     key: str = "teacher"
-    """Which network of an original .pth file it is."""
+    """Whether it is the student or the teacher of an original .pth file."""
 
     def layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Return the tokens of the last `n` blocks, the last one last, each after the final LayerNorm: (B, 1 + h*w, D).
@@ -154,8 +157,12 @@ def _open_auto_model(source: str) -> PreTrainedModel:
         model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except OSError as error:
         raise FileNotFoundError(f"cannot open `source` (={source!r}), expected {SOURCES}: {error}") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UnreadableFile(f"a file of {source!r} is damaged: {error}") from error
     if missing := sorted(name for name in info["missing_keys"] if not name.endswith("mask_token")):
         raise ValueError(f"{source!r} lacks weights of {type(model).__name__}: {', '.join(missing)}")
+    if wrong := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+        raise ValueError(f"{source!r} holds weights that are NaN or infinite: {', '.join(wrong)}")
     if config.model_type == "dinov2":
         interpolate_as_dino(model)
     return model

@@ -21,11 +21,12 @@ from data.images import Images, load_images
 from evaluators.features import feature_cache
 from evaluators.features.encoder import Encoder
 from evaluators.protocol import Features, FeaturesOf
-from runtime.distributed import is_main, rank, world_size
+from runtime.distributed import is_main, on_main, rank, world_size
+from runtime.interruption import leave_process_group
 
 KINDS = ("cls", "last4", "cls+mean_patch")
 LIBRARY_SETS = ("photos", "digits")
-"""Small images that come with libraries: used whole, while photographs are cropped as in ImageNet evaluations."""
+"""These sets of small images are used whole; photographs are cropped, as in ImageNet evaluations."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def features_of(extraction: Extraction) -> FeaturesOf:
         if kind not in KINDS:
             raise ValueError(f"`kind` (={kind!r}) must be one of {', '.join(KINDS)}")
         images = load_images(extraction.dataset, split, data=extraction.data)
+        if is_main() and images.notes:
+            print("\n  ".join([f"{images.split} images of {extraction.data}:", *images.notes]), file=sys.stderr)
         keep = 1.0 if extraction.dataset in LIBRARY_SETS else 224 / 256
         encoder = extraction.encoder
 
@@ -85,7 +88,7 @@ def features_of(extraction: Extraction) -> FeaturesOf:
             settings = {"kind": kind, "size": extraction.image_size, "keep": keep, "half": extraction.half}
             key = feature_cache.fingerprint(model, images, settings | {"data": str(extraction.data)})
             folder = extraction.cache / f"{split}-{kind}-{key}"
-            if not _on_main(folder.is_dir):
+            if not on_main(lambda: feature_cache.is_whole(folder)):
                 _store(folder, chunks(), images)
             found, errors = feature_cache.load(folder)
         report_unreadable(images, errors)
@@ -130,6 +133,7 @@ def extract(
         batch_sampler=batches[rank() :: world_size()],
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=leave_process_group,
         pin_memory=torch.cuda.is_available(),
     )
     mine = iter(loader)
@@ -210,10 +214,3 @@ def _all_gather(chunk: Chunk | None) -> list[Chunk | None]:
     parts: list[Chunk | None] = [None] * world_size()
     dist.all_gather_object(parts, chunk)
     return parts
-
-
-def _on_main(ask: Callable[[], bool]) -> bool:
-    answer = [ask() if is_main() else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    return bool(answer[0])

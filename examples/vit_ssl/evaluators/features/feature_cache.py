@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +23,20 @@ if TYPE_CHECKING:
     from data.images import Images
     from evaluators.features.extraction import Chunk
 
-VERSION = 1
-"""To be raised when the same settings give other features."""
+VERSION = 2
+"""This number is raised whenever a change of the code makes the same settings give other features."""
 
 
 def fingerprint(model: nn.Module | None, images: Images, settings: Mapping[str, Any]) -> str:
     """Return 16 hexadecimal digits that stand for what features depend on: the weights, the images and the settings.
 
-    Image files count by their paths and sets of the hub by their name, not by their content: after replacing images in
-    place, delete the cache.
+    Image files count by their paths, sizes and times of change, sets of the hub by their name.
     """
     digest = hashlib.sha256(json.dumps([VERSION, images.name, images.split, images.classes]).encode())
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(images.labels))
     for item in images.items if isinstance(images.items, list) else []:
-        digest.update(item.tobytes() if isinstance(item, Image.Image) else f"{item}\n".encode())
+        digest.update(item.tobytes() if isinstance(item, Image.Image) else _described(item))
     if model is not None:
         described = repr(model) + str(getattr(model.config, "num_attention_heads", ""))
         digest.update(described.encode())
@@ -43,6 +44,23 @@ def fingerprint(model: nn.Module | None, images: Images, settings: Mapping[str, 
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether the features in `folder` are there; what is damaged or cut off is removed, to be made again."""
+    try:
+        found, _ = load(folder)
+        shape, kind = found.x.shape, found.x.dtype
+        if (folder / "x.bin").stat().st_size == math.prod(shape) * kind.itemsize and len(found.labels) == len(found.x):
+            return True
+    except FileNotFoundError:
+        if not folder.is_dir():
+            return False
+    except (OSError, ValueError, LookupError, TypeError, EOFError):  # of JSON, NumPy and the memory map
+        pass
+    print(f"the features in {folder} are damaged and made again", file=sys.stderr)
+    shutil.rmtree(folder)
+    return False
 
 
 def store(folder: Path, chunks: Iterable[Chunk], labels: np.ndarray, classes: list[str]) -> None:
@@ -87,3 +105,11 @@ def load(folder: Path) -> tuple[Features, list[str]]:
     # "c": changes stay in memory. A read-only array would make every torch.from_numpy warn.
     x = np.memmap(folder / "x.bin", description["dtype"], "c", shape=shape) if all(shape) else np.empty(shape)
     return Features(x, np.load(folder / "labels.npy"), description["classes"]), description["unreadable"]
+
+
+def _described(path: Path) -> bytes:
+    try:
+        found = path.stat()
+    except OSError:  # which is told when the image is read
+        return f"{path}\n".encode(errors="surrogateescape")
+    return f"{path} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape")

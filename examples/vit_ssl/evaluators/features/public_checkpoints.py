@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from evaluators.features.position_embeddings import interpolate_as_dino
+from storage.torch_file import read_torch_file
 
 # Beside tensors, DINO's and iBOT's files hold the command line and, as learning rates, NumPy scalars. The function that
 # makes those has moved between NumPy 1 and 2. None of these runs code of the file.
@@ -41,8 +40,9 @@ def open_public_checkpoint(path: Path, *, key: str = "teacher", heads: int | Non
     embeddings as the code that wrote the file does.
 
     Raises:
-        ValueError: the file is no such checkpoint, holds a pickled object that could run code, or weights are missing,
-            unexpected or of the wrong shape; the message names them.
+        UnreadableFile: the file is damaged, none of PyTorch's, or holds a pickled object that could run code.
+        ValueError: the file is no such checkpoint, or weights are missing, unexpected, of the wrong shape, NaN or
+            infinite; the message names them.
     """
     content = _read(path)
     network = _network(content, key, path)
@@ -118,17 +118,7 @@ def _without_prefixes(name: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_SAFE):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{str(path)!r} is no checkpoint, or holds objects whose unpickling can run code, and is not opened. If "
-            f"you trust it, save its weights alone where it was made: torch.save({{'teacher': checkpoint['teacher']}}, "
-            f"'weights.pth'). PyTorch says: {str(error).strip()}"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is no readable PyTorch checkpoint: {error}") from error
+    content = read_torch_file(path, safe=_SAFE)
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(path)!r} must hold a dict of state dicts, not a {type(content).__name__}")
     return dict(content)
@@ -155,4 +145,6 @@ def _load(model: ViTModel, weights: dict[str, Tensor], path: Path) -> None:
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if found := [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]:
         raise ValueError(f"the weights in {str(path)!r} are not those of a ViT; {'; '.join(found)}")
+    if wrong := sorted(name for name, value in weights.items() if not value.isfinite().all()):
+        raise ValueError(f"{str(path)!r} holds weights that are NaN or infinite: {', '.join(wrong)}")
     model.load_state_dict(weights)

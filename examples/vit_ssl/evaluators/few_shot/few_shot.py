@@ -20,7 +20,7 @@ from runtime.distributed import is_main
 from runtime.shares import gather, share
 
 GAP = 1e-5
-"""How far the objective, in nats, may end above its minimum."""
+"""The fit ends when the objective is at most so many nats above its minimum."""
 
 
 @dataclass(frozen=True)

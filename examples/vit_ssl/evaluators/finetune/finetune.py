@@ -31,6 +31,7 @@ from evaluators.finetune.samples import FinetuneDataset, FinetuneTransform, mix,
 from evaluators.protocol import Evaluation, Metric, NotApplicable
 from evaluators.transfer import per_class, top1
 from runtime.distributed import is_main, rank, world_size
+from runtime.interruption import leave_process_group
 from training.ema import ema_update
 from training.schedules import cosine_schedule
 
@@ -150,6 +151,7 @@ def _batches(images: Images, size: int, options: FinetuneOptions) -> Iterable[tu
         FinetuneDataset(images, transform, options.seed),
         batch_sampler=(batch[rank() :: world_size()] for batch in batches),
         num_workers=_workers(options),
+        worker_init_fn=leave_process_group,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one
     )

@@ -20,7 +20,7 @@ class FinetuneOptions:
     lr_batch: int = 1024
     """Learning rates, the lowest one too, are multiplied by batch_size / lr_batch."""
     min_lr: float = 1e-6
-    """Where the cosine schedule ends."""
+    """Learning rate at which the cosine schedule ends."""
     batch_size: int = 1024
     """Images per step, of all ranks together."""
     micro_batch: int | None = None
@@ -30,23 +30,23 @@ class FinetuneOptions:
     warmup_epochs: int = 20
     """Epochs of linear warm-up from 0; part of `epochs`."""
     weight_decay: float = 0.05
-    """AdamW's, for matrices alone."""
+    """AdamW's weight decay, for matrices alone."""
     layer_decay: float = 0.65
-    """Factor on the learning rate from one block to the one below; 1 is none."""
+    """The learning rate is multiplied by this from each block to the one below; 1 changes nothing."""
     drop_path: float = 0.2
     """Stochastic depth: the rate of the last block."""
     pool: Literal["cls", "mean_patch"] = "cls"
     """What is classified: [CLS], or the mean patch token as in BEiT's own models."""
     head_scale: float = 0.001
-    """Factor on the first weights of the classifier, whose standard deviation is 0.02."""
+    """The classifier's first weights, of standard deviation 0.02, are multiplied by this."""
     smoothing: float = 0.1
-    """Label smoothing."""
+    """Amount of label smoothing, between 0 and 1."""
     mixup: float = 0.8
     """Parameter of Mixup's Beta distribution; 0 is none."""
     cutmix: float = 1.0
     """Parameter of CutMix's Beta distribution; 0 is none."""
     augment: bool = True
-    """RandAugment."""
+    """Whether images go through RandAugment."""
     erase: float = 0.25
     """Probability of random erasing."""
     repeats: int = 1
@@ -54,7 +54,7 @@ class FinetuneOptions:
     ema: float = 0.0
     """Evaluate an exponential moving average of the weights with this momentum; 0 is none."""
     seed: int = 0
-    """Of the classifier, the data order and the augmentations."""
+    """Seed of the classifier's first weights, the order of the images and the augmentations."""
     num_workers: int | None = None
     """Processes that read images, for every rank; by default the cores divided by the ranks."""
 
@@ -68,7 +68,7 @@ class SmallFinetuneOptions(FinetuneOptions):
     lr_batch: int = 512
     """Learning rates, the lowest one too, are multiplied by batch_size / lr_batch."""
     min_lr: float = 1e-5 * 512 / 768
-    """Where the cosine schedule ends: DeiT's 1e-5 with its batches of 768. The peak, 1.1e-5, is hardly higher."""
+    """Learning rate at which the cosine schedule ends: DeiT's 1e-5 for its batches of 768. The peak is 1.1e-5."""
     batch_size: int = 768
     """Images per step, of all ranks together."""
     epochs: int = 1000
@@ -76,11 +76,11 @@ class SmallFinetuneOptions(FinetuneOptions):
     warmup_epochs: int = 5
     """Epochs of linear warm-up from 0; part of `epochs`."""
     layer_decay: float = 1.0
-    """Factor on the learning rate from one block to the one below; 1 is none."""
+    """The learning rate is multiplied by this from each block to the one below; 1 changes nothing."""
     drop_path: float = 0.1
     """Stochastic depth: the rate of the last block."""
     head_scale: float = 1.0
-    """Factor on the first weights of the classifier, whose standard deviation is 0.02."""
+    """The classifier's first weights, of standard deviation 0.02, are multiplied by this."""
     repeats: int = 3
     """Augmentations of an image in a batch; an epoch then sees fewer images."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from PIL import Image, ImageEnhance, ImageOps
 
 FILL = (124, 116, 104)
-"""ImageNet's mean colour, for what lies outside the image."""
+"""What lies outside the image is filled with ImageNet's mean colour."""
 
 BICUBIC = Image.Resampling.BICUBIC
 

@@ -18,6 +18,7 @@ from evaluators.features.encoder import Encoder
 from evaluators.features.extraction import Readable, collate, encode
 from evaluators.linear.sgd_probe import Batch, Epochs, Schedule, shuffled_batches
 from runtime.distributed import rank, world_size
+from runtime.interruption import leave_process_group
 
 
 class FlippedCrop:
@@ -55,6 +56,7 @@ def augmented_epochs(
             batch_sampler=[part.tolist() for part in mine],
             collate_fn=collate,
             num_workers=num_workers,
+            worker_init_fn=leave_process_group,
             pin_memory=torch.cuda.is_available(),
         )
         for batch, part, (views, readable, _) in zip(batches, mine, loader, strict=True):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from evaluators.prototypes.components import Components
 
 CHUNK_ELEMENTS = 2**24
-"""Scores at a time: 64 MiB of float32."""
+"""So many scores are computed at a time: 64 MiB of float32."""
 
 
 class Choices(NamedTuple):
@@ -24,7 +24,7 @@ class Choices(NamedTuple):
     prototypes: dict[str, Tensor]
     """The prototype (N,) with the largest of "scores", of "logits" and, where the centre is known, of "targets"."""
     entropies: dict[str, float]
-    """Of the targets, in nats: their mean entropy, "target_entropy", and that of their mean, "marginal_entropy"."""
+    """In nats: the mean entropy of the targets, "target_entropy", and that of their mean, "marginal_entropy"."""
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ class Components:
     prototypes: Tensor
     """The prototypes w (K, p)."""
     temperature: float
-    """The student's, of kappa = ||w|| / temperature and of the logits of Eq. 6."""
+    """The student's temperature, which kappa = ||w|| / temperature and the logits of Eq. 6 are formed with."""
     log_normalizer: Tensor
     """The normaliser log C_p(kappa) (K,) up to a constant, zeros without vMF normalisation."""
     project: Callable[[Tensor], Tensor]

@@ -19,7 +19,7 @@ from runtime.distributed import is_main
 from vmf_heads import prototype_report
 
 COSINE = 0.9
-"""The threshold of Table 4."""
+"""Table 4 counts prototypes as duplicates above this cosine."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class PrototypesOptions:
     ranges: int = 5
     """Into how many ranges of percentiles of kappa the evaluated images are divided for Figure 2."""
     normalizer: Literal["none", "vmf"] = "none"
-    """Of a .pth file with its head: whether it was trained with log C_p in the logits."""
+    """Whether the head in a .pth file was trained with log C_p in the logits."""
     temperature: float = 0.1
-    """Of a .pth file with its head: the student's temperature."""
+    """The student's temperature with which the head in a .pth file was trained."""
 
     def __post_init__(self) -> None:
         for name in ("images", "k", "ranges"):

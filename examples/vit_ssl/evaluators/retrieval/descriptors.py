@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data.augment import to_tensor
 from data.files import open_image
 from runtime.distributed import is_main
+from runtime.interruption import leave_process_group
 from runtime.shares import gather, share
 
 if TYPE_CHECKING:
@@ -42,7 +43,12 @@ def describe(
     The ranks divide the images; every one gets all features.
     """
     todo = share(list(zip(files, boxes or [None] * len(files), strict=True)))
-    loader = DataLoader(_Images(todo, size), batch_size=None, num_workers=num_workers)  # sizes differ: one at a time
+    loader = DataLoader(
+        _Images(todo, size),
+        batch_size=None,  # sizes differ: one at a time
+        num_workers=num_workers,
+        worker_init_fn=leave_process_group,
+    )
     mininterval = 0.1 if sys.stderr.isatty() else 5
     bar = tqdm(loader, desc="features", unit="image", leave=False, mininterval=mininterval, disable=not is_main())
     return np.stack(gather([describe_image(encoder, image, multiscale).cpu().numpy() for image in bar]))

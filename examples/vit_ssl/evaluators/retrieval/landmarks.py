@@ -20,7 +20,7 @@ class Query:
 
     image: Path
     box: tuple[float, float, float, float]
-    """Left, upper, right, lower in px."""
+    """The landmark's box: left, upper, right, lower in px."""
     easy: np.ndarray
     hard: np.ndarray
     junk: np.ndarray

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.neighbors import KDTree
 
 TOLERANCE = 0.008
-"""How far matching boundaries may lie apart, as a share of the image's diagonal."""
+"""Boundaries match if they lie at most this share of the image's diagonal apart."""
 
 
 def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:

@@ -38,7 +38,7 @@ class VideoOptions:
     topk: int = 5
     """How many patches give their labels to one."""
     temperature: float = 0.1
-    """Of the softmax over their cosines."""
+    """Temperature of the softmax over the cosines of these patches."""
     write_masks: bool = False
     """Write the masks to OUTPUT/davis2017/SEQUENCE/*.png, where the official evaluation can read them."""
 

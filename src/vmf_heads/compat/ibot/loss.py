@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..._checks import at_least
 from ..._matmul import at_least_float32
-from ...centering import Centering, make_centering
+from ...centering import Centering, check_momentum
 from ...cross_entropy import dino_pairs
-from .._attached import AttachedLoss, TeacherSide, features_of, with_prototypes
+from ...teacher import TeacherSide, TeacherTargets, features_of, with_prototypes
+from .._attached import AttachedLoss
 from .._temperature import temperature_at, temperature_schedule
-from .head import iBOTHead
 from .tokens import Output, Tokens, check_shapes
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class iBOTLoss(AttachedLoss):
         mim_start_epoch: the epoch at which masking begins.
         centering: "probability" is Eq. 9; "logit" is iBOT's own (Eq. 8), on logits with log C_p.
         center_on: see `ProbabilityCentering`; for centering="probability" only.
+        center_start: "zeros", or "first_batch": the first update sets the centre.
         fused: compute losses and gradients from features with `prototype_cross_entropy`, without the logits of any
             token. Same numbers to rounding, a fraction of the memory; attached heads then return features.
         process_group: the ranks that share the centres; None means all of them.
@@ -82,11 +83,9 @@ class iBOTLoss(AttachedLoss):
     ['cls', 'loss', 'patch']
     """
 
-    centering2: Centering
     STATE_NAMES: ClassVar[dict[str, str]] = AttachedLoss.STATE_NAMES | {
         inside.replace(".", "2."): f"{outside}2" for inside, outside in AttachedLoss.STATE_NAMES.items()
     }
-    HEAD = iBOTHead
 
     def __init__(
         self,
@@ -109,14 +108,27 @@ class iBOTLoss(AttachedLoss):
         *,
         centering: str = "probability",
         center_on: str = "responsibilities",
+        center_start: str = "zeros",
         fused: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(
+        at_least("out_dim", out_dim, 1)
+        at_least("patch_out_dim", patch_out_dim, 1)
+        options: dict[str, Any] = {
+            "centering": centering,
+            "center_on": center_on,
+            "center_start": center_start,
+            "fused": fused,
+            "process_group": process_group,
+        }
+        super().__init__(TeacherTargets(out_dim, student_temp, center_momentum, **options))
+        self.teacher2 = TeacherTargets(
+            patch_out_dim,
             student_temp,
-            fused=fused,
-            num_prototypes=at_least("out_dim", out_dim, 1),
-            num_patch_prototypes=at_least("patch_out_dim", patch_out_dim, 1),
+            check_momentum("center_momentum2", center_momentum2),
+            center_shape=(1, 1, patch_out_dim),
+            layer="last_layer2",
+            **options,
         )
         self.ngcrops = at_least("ngcrops", ngcrops, 1)
         self.nlcrops = at_least("nlcrops", nlcrops, 0)
@@ -137,11 +149,11 @@ class iBOTLoss(AttachedLoss):
             start_epoch=mim_start_epoch,
             suffix="2",
         )
-        options: dict[str, Any] = {"centering": centering, "center_on": center_on, "process_group": process_group}
-        self.centering = make_centering((1, out_dim), center_momentum, **options)
-        self.centering2 = make_centering(
-            (1, 1, patch_out_dim), center_momentum2, momentum_name="center_momentum2", **options
-        )
+
+    @property
+    def centering2(self) -> Centering:
+        """The centre for patches."""
+        return self.teacher2.centering
 
     @property
     def center2(self) -> Any:
@@ -171,6 +183,8 @@ class iBOTLoss(AttachedLoss):
         if self.fused:
             columns = (("bottleneck_dim", self._attached()[1].bottleneck_dim),) * 2
         check_shapes(student, teacher, student_mask, self.ngcrops, self.ncrops, columns)
+        self.teacher.check_outputs(teacher.cls, student.cls)
+        self.teacher2.check_outputs(teacher.patch, student.patch)
         mask = torch.cat([view.flatten(1) for view in student_mask[: self.ngcrops]]).double()  # (ngcrops * B, N)
         # The mean over the masked patches of a view of an image, then over views and images.
         weights = mask / (mask.sum(dim=1, keepdim=True).clamp(min=1) * len(mask))
@@ -181,6 +195,14 @@ class iBOTLoss(AttachedLoss):
             self._commit()
         loss_cls, loss_patch = self.lambda1 * cls, self.lambda2 * patch
         return {"cls": loss_cls, "patch": loss_patch, "loss": loss_cls + loss_patch}
+
+    def attach(self, student: nn.Module, teacher: nn.Module, head: str | None = None) -> None:
+        """Find the `iBOTHead` in `student` and in `teacher` and take over their temperatures; see
+        `TeacherTargets.attach`."""
+        # Both are found and checked before either is changed.
+        pairs = [side.find_heads(student, teacher, head) for side in (self.teacher, self.teacher2)]
+        for side, pair in zip((self.teacher, self.teacher2), pairs, strict=True):
+            side.take_heads(pair)
 
     @torch.no_grad()
     def targets(self, teacher_output: tuple[Output, Output], epoch: int) -> tuple[Tensor, Tensor]:
@@ -273,10 +295,10 @@ class iBOTLoss(AttachedLoss):
         # The same prototypes have another kappa at each temperature, so a shared head has two normalisers, too.
         return (
             tokens,
-            self._teacher_side(self.centering, temperature_at(self.teacher_temp_schedule, epoch)),
-            self._teacher_side(self.centering2, temperature_at(self.teacher_temp2_schedule, epoch), "last_layer2"),
+            self.teacher.at(temperature_at(self.teacher_temp_schedule, epoch)),
+            self.teacher2.at(temperature_at(self.teacher_temp2_schedule, epoch)),
         )
 
     def _commit(self) -> None:
-        self.centering.commit_()
-        self.centering2.commit_()
+        self.teacher.commit_()
+        self.teacher2.commit_()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...prototypes import HeadOutput
-from .._attached import features_of, with_prototypes
+from ...teacher import features_of, with_prototypes
 from .head import iBOTHead
 
 # Of an attached head: logits or scores, or features, or features with the prototypes they belong to.

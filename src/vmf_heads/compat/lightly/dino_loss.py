@@ -37,6 +37,7 @@ class DINOLoss(SingleCenterLoss):
         center_mode: "mean", the only one there is in lightly.
         centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p.
         center_on: see `ProbabilityCentering`; for centering="probability" only.
+        center_start: "zeros", or "first_batch": the first update sets the centre.
         process_group: the ranks that share one centre; None means all of them.
 
     `attach(student, teacher)` must be called once. State dict: `log_center` (K,) with probability centring; `center`
@@ -70,13 +71,21 @@ class DINOLoss(SingleCenterLoss):
         *,
         centering: str = "probability",
         center_on: str = "responsibilities",
+        center_start: str = "zeros",
         process_group: ProcessGroup | None = None,
     ) -> None:
         at_least("output_dim", output_dim, 1)
         one_of("center_mode", center_mode, ("mean",))
         positive("warmup_teacher_temp", warmup_teacher_temp)
         super().__init__(
-            output_dim, student_temp, center_momentum, (1, 1, output_dim), centering, center_on, process_group
+            output_dim,
+            student_temp,
+            center_momentum,
+            (1, 1, output_dim),
+            centering,
+            center_on,
+            center_start,
+            process_group,
         )
         self.teacher_temp = positive("teacher_temp", teacher_temp)
         self.warmup_teacher_temp_epochs = at_least("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0)
@@ -89,12 +98,13 @@ class DINOLoss(SingleCenterLoss):
         teacher_temp: float | None = None,
         epoch: int | None = None,
         *,
-        commit: bool = True,
+        update_center: bool = True,
     ) -> Tensor:
         """The loss of what the attached heads returned, one (B, K) tensor per view; then the centre is updated.
 
         The teacher's temperature is `teacher_temp`, or that of `epoch`, or the constructor's. With gradients
-        accumulated over micro-batches, commit=False on all but the last makes one update from all of them.
+        accumulated over micro-batches, update_center=False in each, and `update_center()` once per step, makes one
+        update from all of them; so does update_center=False in all but the last.
         """
         if len(teacher_out) * len(student_out) <= min(len(teacher_out), len(student_out)):
             raise ValueError(
@@ -110,12 +120,15 @@ class DINOLoss(SingleCenterLoss):
                 f"`student_out` (views of shape {tuple(logits.shape[1:])}) must have the shape of `teacher_out` "
                 f"(={tuple(scores.shape[1:])})"
             )
+        self.teacher.check_outputs(scores, logits)
         log_probabilities = torch.log_softmax(logits / self.student_temp, dim=-1)
         with without_autocast(logits.device):
             cross_entropy = -torch.einsum("tbk,sbk->ts", targets, log_probabilities)
         other_view = ~torch.eye(*cross_entropy.shape, dtype=torch.bool, device=cross_entropy.device)
         pairs = cross_entropy.numel() - min(cross_entropy.shape)
-        self.update_center(scores, temperature, commit=commit)
+        self._accumulate("teacher_out", scores, temperature)
+        if update_center:
+            self.teacher.commit_()
         return cross_entropy.mul(other_view).sum() / (pairs * logits.shape[1])
 
     @torch.no_grad()
@@ -125,20 +138,15 @@ class DINOLoss(SingleCenterLoss):
 
     @torch.no_grad()
     def update_center(
-        self,
-        teacher_out: Tensor,
-        teacher_temp: float | None = None,
-        epoch: int | None = None,
-        *,
-        commit: bool = True,
+        self, teacher_out: Tensor | None = None, teacher_temp: float | None = None, epoch: int | None = None
     ) -> None:
-        """One step of Eq. 9 or Eq. 8 from the teacher's raw scores (..., K), over all ranks; `forward` calls it.
+        """One step of Eq. 9 or Eq. 8 from what was accumulated since the last, over all ranks.
 
-        commit=False only adds them to those that the next step will average.
+        With `teacher_out`, raw scores (..., K) of the teacher, those are accumulated first.
         """
-        self._accumulate("teacher_out", teacher_out, self._temperature(teacher_temp, epoch))
-        if commit:
-            self.centering.commit_()
+        if teacher_out is not None:
+            self._accumulate("teacher_out", teacher_out, self._temperature(teacher_temp, epoch))
+        self.teacher.commit_()
 
     def _temperature(self, teacher_temp: float | None, epoch: int | None) -> float:
         if teacher_temp is not None:

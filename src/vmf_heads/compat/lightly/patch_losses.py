@@ -9,10 +9,28 @@ from torch import Tensor
 
 from ..._checks import at_least, one_of, positive
 from ..._matmul import at_least_float32
+from ...centering import ProbabilityCentering
 from .._attached import SingleCenterLoss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class Center:
+    """The centre of a loss by the names that it has in lightly."""
+
+    def __init__(self, loss: IBOTPatchLoss) -> None:
+        self._loss = loss
+
+    @property
+    def value(self) -> Any:
+        """The centre: `log_center` (K,) with probability centring, `center` (1, K) with logit centring."""
+        centering = self._loss.centering
+        return centering.log_center if isinstance(centering, ProbabilityCentering) else centering.center
+
+    def update(self) -> None:
+        """`update_center` of the loss."""
+        self._loss.update_center()
 
 
 class IBOTPatchLoss(SingleCenterLoss):
@@ -34,6 +52,7 @@ class IBOTPatchLoss(SingleCenterLoss):
         center_momentum: momentum of the centre.
         centering: "probability" is Eq. 9; "logit" is DINO's Eq. 8 on logits with log C_p.
         center_on: see `ProbabilityCentering`; for centering="probability" only.
+        center_start: "zeros", or "first_batch": the first update sets the centre.
         process_group: the ranks that share one centre; None means all of them.
 
     `attach(student, teacher, head="ibot_head")` must be called once. State dict: `log_center` (K,) with probability
@@ -55,7 +74,7 @@ class IBOTPatchLoss(SingleCenterLoss):
     torch.Size([])
     """
 
-    STATE_NAMES: ClassVar[dict[str, str]] = SingleCenterLoss.STATE_NAMES | {"centering.center": "center.center"}
+    STATE_NAMES: ClassVar[dict[str, str]] = SingleCenterLoss.STATE_NAMES | {"teacher.center": "center.center"}
 
     def __init__(
         self,
@@ -67,19 +86,32 @@ class IBOTPatchLoss(SingleCenterLoss):
         *,
         centering: str = "probability",
         center_on: str = "responsibilities",
+        center_start: str = "zeros",
         process_group: ProcessGroup | None = None,
     ) -> None:
         at_least("output_dim", output_dim, 1)
         one_of("center_mode", center_mode, ("mean",))
         super().__init__(
-            output_dim, student_temp, center_momentum, (1, output_dim), centering, center_on, process_group
+            output_dim,
+            student_temp,
+            center_momentum,
+            (1, output_dim),
+            centering,
+            center_on,
+            center_start,
+            process_group,
         )
         self.teacher_temp = positive("teacher_temp", teacher_temp)
 
     @property
-    def center(self) -> Any:
-        """The module that holds the centre; with logit centring it has lightly's `center` and `value`."""
-        return self.centering
+    def center(self) -> Center:
+        """What lightly's `center` is for: `value`, and `update()` for what was accumulated."""
+        return Center(self)
+
+    @torch.no_grad()
+    def update_center(self) -> None:
+        """One step of Eq. 9 or Eq. 8 from what was accumulated since the last, over all ranks."""
+        self.teacher.commit_()
 
     def forward(
         self,
@@ -88,12 +120,13 @@ class IBOTPatchLoss(SingleCenterLoss):
         mask: Tensor,
         teacher_temp: float | None = None,
         *,
-        commit: bool = True,
+        update_center: bool = True,
     ) -> Tensor:
         """The loss of the masked patches (N, K), in the order of `mask` (B, H, W), bool, with N patches True.
 
         Then the centre is updated. The teacher's temperature is `teacher_temp` or the constructor's. With gradients
-        accumulated over micro-batches, commit=False on all but the last makes one update from all of them.
+        accumulated over micro-batches, update_center=False in each, and `update_center()` once per step, makes one
+        update from all of them.
         """
         if teacher_out.dim() != 2:
             raise ValueError(f"`teacher_out` (of shape {tuple(teacher_out.shape)}) must be (N, {self.num_prototypes})")
@@ -105,11 +138,11 @@ class IBOTPatchLoss(SingleCenterLoss):
                 f"`mask` (with {len(weights)} patches True) must have one for each of the {len(teacher_out)} rows of "
                 "`teacher_out`"
             )
-        losses = self._cross_entropy(teacher_out, student_out, teacher_temp, commit)
+        losses = self._cross_entropy(teacher_out, student_out, teacher_temp, update_center)
         return (losses * weights).sum() / len(mask)
 
     def _cross_entropy(
-        self, teacher_out: Tensor, student_out: Tensor, teacher_temp: float | None, commit: bool
+        self, teacher_out: Tensor, student_out: Tensor, teacher_temp: float | None, update_center: bool
     ) -> Tensor:
         """-sum_k P_t log P_s (...,) of scores and logits (..., K); then the update of the centre."""
         temperature = self.teacher_temp if teacher_temp is None else positive("teacher_temp", teacher_temp)
@@ -119,10 +152,11 @@ class IBOTPatchLoss(SingleCenterLoss):
                 f"(={tuple(teacher_out.shape)})"
             )
         targets = self._targets("teacher_out", teacher_out, temperature)
+        self.teacher.check_outputs(teacher_out, student_out)
         log_probabilities = torch.log_softmax(at_least_float32(student_out) / self.student_temp, dim=-1)
         self._accumulate("teacher_out", teacher_out, temperature)
-        if commit:
-            self.centering.commit_()
+        if update_center:
+            self.teacher.commit_()
         return -(targets * log_probabilities).sum(dim=-1)
 
 
@@ -142,7 +176,7 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
         teacher_temp: float | None = None,
         visible_loss_weight: float = 1.0,
         *,
-        commit: bool = True,
+        update_center: bool = True,
     ) -> Tensor:
         """The loss of all patches, (B, N, K) or (B * N, K); then the centre is updated.
 
@@ -163,7 +197,7 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
             )
         if mask is not None and teacher_out.dim() == 3 and len(mask) != len(teacher_out):
             raise ValueError(f"`mask` (of {len(mask)} images) must be of the {len(teacher_out)} of `teacher_out`")
-        losses = self._cross_entropy(teacher_out, student_out, teacher_temp, commit)
+        losses = self._cross_entropy(teacher_out, student_out, teacher_temp, update_center)
         if mask is None:
             return losses.mean()
         masked, losses = mask.flatten(1), losses.view(len(mask), -1)

@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 
 from data.images import CELL, Images, load_photo, split_columns
 from data.views import multi_crop
+from evaluators.prototypes.choices import choose
+from evaluators.prototypes.components import of_run
 from evaluators.request import make_features
 from reporting import charts, pictures
+from reporting.demo.story import accuracy_by_kappa
 from reporting.html_parts import chart, image, neighbour_row
 from training.run import Run, random_backbone
 
@@ -57,12 +59,12 @@ def training_chart(metrics: dict[str, list[dict[str, float]]], runs: dict[str, R
     return {"curves": drawn, "entropies": "; ".join(ends)}
 
 
-def prototype_charts(runs: dict[str, Run]) -> dict[str, Any]:
-    """Return the charts of the concentration and usage of the prototypes."""
+def prototype_charts(runs: dict[str, Run], evaluations: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the charts of the use and the concentration of the prototypes, and of kNN by it."""
     temperature = runs["DINO-vMF"].recipe.student_temp
     kappas = {label: run.head.last_layer.norms.numpy() / temperature for label, run in runs.items()}
     counts: dict[str, dict[str, np.ndarray]] = {
-        "Winner by the teacher's scores": {},
+        "Winner by the teacher's logits": {},
         "Winner by the centred targets": {},
     }
     for label, run in runs.items():
@@ -70,21 +72,24 @@ def prototype_charts(runs: dict[str, Run]) -> dict[str, Any]:
             panel[label] = np.bincount(winners, minlength=run.recipe.out_dim)
     centerings = {label: run.recipe.centering for label, run in runs.items()}
     named = " and ".join(f"{label} by {centering}" for label, centering in centerings.items())
-    caution = f"The runs centre differently ({named}), so a difference here is not the effect of vMF alone."
+    caution = f"The runs centre differently ({named}), so a difference here is not the effect of log C_p alone."
+    ranges = {label: accuracy_by_kappa(rows) for label, rows in evaluations.items()}
+    divided = {label: rows for label, rows in ranges.items() if rows}
+    by_kappa = chart(lambda dark: charts.accuracy_by_kappa(divided, dark=dark), "kNN by kappa") if divided else ""
     return {
         "temperature": f"{temperature:g}",
         "kappa": chart(lambda dark: charts.kappa_histogram(kappas, temperature, dark=dark), "histograms of kappa"),
         "usage": chart(lambda dark: charts.usage(counts, dark=dark), "images won by each prototype, sorted"),
+        "by_kappa": by_kappa,
         "centering": caution if len(set(centerings.values())) > 1 else "",
     }
 
 
-@torch.inference_mode()
 def prototype_winners(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Return the prototypes of the largest score and of the largest target of each un-augmented training image."""
-    scores = run.method.scores(torch.from_numpy(make_features(run, "teacher")("train").x))
-    targets = run.method.targets(scores, min(run.epoch, run.recipe.epochs - 1))
-    return scores.argmax(dim=1).numpy(), targets.argmax(dim=1).numpy()
+    """Return the prototypes of the largest logit and of the largest target of each un-augmented training image."""
+    features = make_features(run, "teacher")("train").x
+    chosen = choose(of_run(run), features, np.arange(len(features))).prototypes
+    return chosen["logits"].numpy(), chosen["targets"].numpy()
 
 
 def neighbours(run: Run, train: Images, test: Images) -> dict[str, Any]:

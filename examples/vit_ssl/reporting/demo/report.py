@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from data.images import CELL, Images, load_images
-from reporting.demo_figures import data_pictures, neighbours, prototype_charts, token_pictures, training_chart
+from reporting.demo.figures import data_pictures, neighbours, prototype_charts, token_pictures, training_chart
+from reporting.demo.story import story
 from reporting.demo_table import RUNS, STANDARD_ERRORS, read_rows, sentence
 from reporting.html_parts import table_html
 from training.run import Run, load_run
 
-TEMPLATE = Path(__file__).parent / "templates" / "demo_report.html"
+TEMPLATE = Path(__file__).parents[1] / "templates" / "demo_report.html"
 
 
 def write_report(output: Path, results: dict[str, Any]) -> Path:
@@ -29,7 +30,7 @@ def write_report(output: Path, results: dict[str, Any]) -> Path:
     parts = summary(results, runs["DINO-vMF"], train, test) | provenance(results)
     parts |= data_pictures(runs["DINO-vMF"], train)
     parts |= training_chart({label: read_rows(output / run / "metrics.jsonl") for label, run in RUNS.items()}, runs)
-    parts |= prototype_charts(runs)
+    parts |= prototype_charts(runs, {label: results["evaluations"][run] for label, run in RUNS.items()})
     parts |= neighbours(runs["DINO-vMF"], train, test)
     parts |= token_pictures(runs)
     path = output / "report.html"
@@ -58,7 +59,7 @@ def summary(results: dict[str, Any], run: Run, train: Images, test: Images) -> d
         "test_images": len(test),
         "majority": f"{100 * np.bincount(test.labels).max() / len(test):.1f}",
         "accuracies": ", ".join(f"{escape(row['model'])} {100 * row['kNN']:.1f} %" for row in results["table"]),
-        "headline": " ".join(escape(sentence(pair)) for pair in comparisons if pair["a"] == "DINO-vMF"),
+        **{f"{name}_story": escape(words) for name, words in story(results).items()},
         "table": table_html(results["table"]),
         "draws": max(draws),
         "standard_errors": f"{STANDARD_ERRORS:g}",

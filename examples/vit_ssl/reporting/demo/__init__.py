@@ -1,0 +1,1 @@
+"""The report of `demo.py`: its words, its figures and the page that holds both."""

@@ -1,0 +1,1 @@
+"""Several seeds of several settings: their numbers, one table, and the paper's figures with error bars."""
