@@ -47,7 +47,8 @@ def test_the_truth_is_recovered_within_the_cramer_rao_bound():
     with variance 1 / (n A'), the direction with variance 1 / (n kappa A) along each tangent, the weight binomially."""
     truth, n, p = known(8, 24, (60.0, 400.0)), 40_000, 24
     features, _ = draw(truth, n)
-    fit = fit_vmf_mixture(features, 8, tolerance=1e-9)
+    fits = [fit_vmf_mixture(features, 8, tolerance=1e-6, seed=seed) for seed in range(4)]
+    fit = max(fits, key=lambda found: found.log_likelihood)  # EM finds local maxima
     index = matched(fit.mixture, truth)
     rows = n * truth.weights
     kappa = truth.kappa.clone().requires_grad_()
@@ -154,7 +155,7 @@ def test_as_many_components_as_rows_and_more_than_distinct_rows():
 @pytest.mark.parametrize("batch_size", [None, 64])
 def test_the_same_seed_gives_the_same_fit(batch_size):
     features, _ = draw(known(4, 6, (4.0, 40.0), torch.float32), 1000)
-    fits = [fit_vmf_mixture(features, 5, batch_size=batch_size, seed=seed, max_iterations=5) for seed in (1, 1, 2)]
+    fits = [fit_vmf_mixture(features, 5, batch_size=batch_size, seed=seed, max_iterations=2) for seed in (1, 1, 2)]
     assert torch.equal(fits[0].mixture.kappa, fits[1].mixture.kappa)
     assert torch.equal(fits[0].mixture.directions, fits[1].mixture.directions)
     assert not torch.equal(fits[0].mixture.kappa, fits[2].mixture.kappa)
@@ -163,8 +164,10 @@ def test_the_same_seed_gives_the_same_fit(batch_size):
 def test_mini_batches_come_close_to_full_batches():
     truth = known(6, 16, (40.0, 200.0), torch.float32)
     features, _ = draw(truth, 12_000)
-    full = fit_vmf_mixture(features, 6)
-    online = fit_vmf_mixture(features, 6, batch_size=400, max_iterations=5)
+    noise = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    start = VMFMixture(torch.ones(6), truth.directions + 0.1 * noise, torch.full((6,), 50.0))
+    full = fit_vmf_mixture(features, 6, init=start)
+    online = fit_vmf_mixture(features, 6, init=start, batch_size=400, max_iterations=5)
     got = online.mixture.log_prob(features).mean().item()
     assert full.log_likelihood - 0.02 < got <= full.log_likelihood + 1e-4
     index = matched(online.mixture, truth.to(torch.float32))
