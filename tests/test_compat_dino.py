@@ -25,6 +25,7 @@ def step(loss, student, teacher, x: Tensor, epoch: int) -> tuple[Tensor, list[Te
     return value.detach(), list(torch.autograd.grad(value, parameters))
 
 
+@pytest.mark.filterwarnings("ignore:the student's prototype norms are frozen after:UserWarning")  # on purpose
 @pytest.mark.parametrize("device", DEVICES)
 @FUSED
 @pytest.mark.parametrize("normalizer", ["vmf", "none"])

@@ -1,6 +1,8 @@
 """Two ranks that each see half of the images average to the gradients of one process: DDP, FSDP2, fused or not."""
 
+import warnings
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dino_models import NCROPS, crops, dino_loss, models
+from dino_models import NCROPS, K, P, crops, dino_loss, models
 from gloo import run_on_ranks
 
 CASES = list(product(["DDP", "DDP, finding unused parameters", "FSDP2"], ["fused", "unfused"]))
@@ -40,6 +44,41 @@ def _wrapped(model: nn.Module, wrap: str) -> nn.Module:
         fully_shard(model.head, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     return model
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what a step gathers and copies that is as large as all prototypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathers = self.copies = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name, made = str(function), [x for x in tree_leaves((args, result)) if torch.is_tensor(x)]
+        self.gathers += "allgather" in name and max(x.numel() for x in made) >= K * P
+        self.copies += function is torch.ops.aten.clone.default and result.shape == (K, P)
+        return result
+
+
+def traffic_of_rank(rank: int) -> list[list[int]]:
+    """[gathers, copies] of two training steps under FSDP2."""
+    torch.manual_seed(5)
+    student, teacher = (_wrapped(m, "FSDP2") for m in models())
+    loss = dino_loss(fused=True)
+    loss.attach(student, teacher)
+    counts = []
+    for epoch in range(2):
+        x = crops(5)  # features of another shape than the prototypes
+        with Traffic() as traffic, warnings.catch_warnings():
+            warnings.filterwarnings("error", "FSDP2-wrapped module")  # of outputs that it cannot hook safely
+            loss(student(x), teacher(x[: 2 * len(x) // NCROPS]), epoch).backward()
+        counts.append([traffic.gathers, traffic.copies])
+    return counts
+
+
+def test_a_step_gathers_each_head_once_and_copies_only_the_prototypes_of_the_teacher() -> None:
+    assert run_on_ranks(traffic_of_rank) == [[[2, 1]] * 2] * 2
 
 
 def _whole(gradient: Tensor) -> Tensor:

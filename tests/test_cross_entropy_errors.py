@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from cross_entropy_problems import problem
+from cross_entropy_problems import gradients, problem, reference
 from vmf_heads import prototype_cross_entropy
+from vmf_heads._checks import unit_rows
 from vmf_heads.cross_entropy import dino_pairs
 
 # of problem((7, 5, 13, 3, 2)); `student` and `teacher` name the fields that change
@@ -85,6 +86,41 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "features, directions and scales (of torch.float32, torch.float64) must all be float64 or none",
     ),
+    (
+        {"weights": torch.ones(7, 2).requires_grad_()},
+        ValueError,
+        "`weights` must not require grad: no gradient flows to them here. Pass `weights.detach()`, or use "
+        "`prototype_cross_entropy_reference`",
+    ),
+    *(
+        (
+            {name: torch.tensor(0.1).requires_grad_()},
+            ValueError,
+            f"`{name}` (=0.1) must not require grad: no gradient flows to it here. Pass a number, or use "
+            "`prototype_cross_entropy_reference`",
+        )
+        for name in ("student_temperature", "teacher_temperature")
+    ),
+    (
+        {"student_temperature": torch.ones(2)},
+        TypeError,
+        "`student_temperature` (=tensor([1., 1.])) must be a finite number > 0",
+    ),
+    *(
+        (
+            {name: {"features": torch.full((7 if name == "student" else 5, 3), 3**-0.5) * length}},
+            ValueError,
+            f"`{name}.features` (of shape ({7 if name == 'student' else 5}, 3)) must hold unit vectors, as "
+            f"torch.nn.functional.normalize(x, dim=-1) makes them; {7 if name == 'student' else 5} of "
+            f"{7 if name == 'student' else 5} rows that were looked at have lengths from {length} to {length}",
+        )
+        for name, length in (("student", 1.02), ("teacher", 0.5))
+    ),
+    (
+        {"teacher": {"features": torch.ones(0, 3)}},
+        ValueError,
+        "`teacher_rows` must be -1 everywhere, because `teacher.features` has no rows",
+    ),
 ]
 
 
@@ -102,6 +138,76 @@ def test_a_row_beyond_the_teacher_is_an_error() -> None:
     arguments["teacher_rows"][3, 1] = 5
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         prototype_cross_entropy(**arguments)
+
+
+def test_weights_that_require_grad_are_fine_without_a_gradient() -> None:
+    arguments = problem((7, 5, 13, 3, 2))
+    arguments["weights"].requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(prototype_cross_entropy(**arguments)[0], reference(arguments)[0].detach())
+
+
+def test_a_temperature_may_be_a_tensor() -> None:
+    arguments = problem((7, 5, 13, 3, 2))
+    want = prototype_cross_entropy(**arguments)[0]
+    arguments |= {
+        name: torch.tensor(arguments[name]).double() for name in ("student_temperature", "teacher_temperature")
+    }
+    torch.testing.assert_close(prototype_cross_entropy(**arguments)[0], want)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_no_teacher_rows_and_none_wanted(weighted: bool) -> None:
+    """A rank may have nothing to compare with: its loss and its gradients are 0, and its statistics those of no row."""
+    arguments = problem((7, 0, 13, 3, 2)) | {"teacher_rows": torch.full((7, 2), -1)}
+    if not weighted:
+        arguments["weights"] = None
+    loss, log_sum, rows = prototype_cross_entropy(**arguments)
+    assert (loss.item(), rows) == (0, 0)
+    assert log_sum.eq(-torch.inf).all()
+    assert all(gradient.eq(0).all() for gradient in gradients(loss, arguments).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_unit_vectors_in_any_precision_pass(dtype: torch.dtype) -> None:
+    """Also rows of 0, which normalising zeros gives, and rows that diverged: a GradScaler has to see those."""
+    for p in (2, 3, 64, 2048):
+        unit_rows("x", torch.nn.functional.normalize(torch.randn(50, p, dtype=torch.float64), dim=1).to(dtype))
+    unit_rows("x", torch.zeros(3, 4, dtype=dtype))
+    unit_rows("x", torch.tensor([[torch.inf, 0], [torch.nan, 1], [1, 0]], dtype=dtype))
+    unit_rows("x", torch.ones(0, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 1000])
+def test_a_scale_that_was_forgotten_is_found_in_few_rows(rows: int) -> None:
+    seen = []
+
+    class Rows(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.nn.functional.normalize(torch.randn(rows, 16), dim=1) * 20
+    with pytest.raises(
+        ValueError, match=rf"of {min(rows, -(-rows // -(-rows // 8)))} rows that were looked at .* from 20"
+    ):
+        unit_rows("x", x)
+    with Rows():  # tools that replace operations, and compilers, see no operation of the check
+        unit_rows("x", x)
+    assert seen == []
+
+
+@pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a GPU: only there does looking make the host wait")
+def test_on_a_gpu_only_the_first_call_looks() -> None:
+    x = torch.nn.functional.normalize(torch.randn(50, 7, device="cuda"), dim=1)
+    unit_rows("of this test", x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        unit_rows("of this test", x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(ValueError, match=r"`another` .* must hold unit vectors"):
+        unit_rows("another", 2 * x)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """`prototype_cross_entropy` never holds the logits: no tensor it makes has N * K elements."""
 
+import gc
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cross_entropy_problems import problem, reference
+from dino_models import crops, dino_loss, models
 from test_cross_entropy import CENTER_ON, SAME_POSITION, SCALES
 from vmf_heads import prototype_cross_entropy
 from vmf_heads._memory import CHUNK_BYTES
@@ -94,6 +97,45 @@ def test_the_default_chunk_fits_its_budget(monkeypatch: pytest.MonkeyPatch) -> N
     with largest:
         prototype_cross_entropy(**problem(shape(False), dtype=torch.float32))
     assert 4 * K <= largest.elements <= 5 * K
+
+
+class Storages(TorchDispatchMode):
+    """Every piece of memory that an operator reads or makes, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, result)):
+            if torch.is_tensor(x):
+                self.bytes[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
+        return result
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(size for reference, size in self.bytes.items() if not reference.expired())
+
+
+@pytest.mark.parametrize("output", ["features", "prototypes"])
+def test_after_backward_a_fused_loss_holds_no_more_than_the_plain_one(output: str) -> None:
+    """`total += loss` in a training loop must not keep features, targets or prototypes of every step."""
+    held = {}
+    for fused in (False, True):
+        (student, teacher), loss = models(), dino_loss(fused=fused)
+        loss.attach(student, teacher)
+        if fused:
+            for model in (student, teacher):
+                model.head.output = output
+        with Storages() as storages:
+            value = loss(student(crops()), teacher(crops()[:10]), 0)
+            before = storages.alive()
+            value.backward()
+        held[fused] = storages.alive()
+        assert held[fused] < before
+        del value
+    assert held[True] <= held[False]
 
 
 def shape(same_position: bool, p: int = P) -> tuple[int, int, int, int, int]:

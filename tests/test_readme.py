@@ -49,7 +49,27 @@ def test_the_readme_shows_the_result_of_the_demo() -> None:
     block = re.search(r"<!-- demo-table -->\n(.*?)<!-- /demo-table -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block
     for row in ("pixels", "random", "DINO", "DINO-vMF"):
-        assert re.search(rf"^\|[^|]*{row}[^|]*(\|[^|]*\d[^|]*)+\|", block[1], re.MULTILINE), row
+        assert re.search(rf"^\|[^|]*{row}[^|]*\|.*(\d\d\.\d ± \d\.\d \| ?){{4}}", block[1], re.MULTILINE), row
+
+
+def test_the_lines_to_change_are_those_of_the_diffs() -> None:
+    """The column of the README counts, hunk by hunk, the larger of what docs/migrating.md removes and adds."""
+    table = (ROOT / "README.md").read_text().split("## What works where")[1].split("\n## ")[0]
+    typed: dict[str, list[int]] = {}
+    row = r"^\| \[[^\]]*\]\(docs/migrating\.md#([\w-]+)\)[^|]*\| ([^|]*) \|"
+    for anchor, cell in re.findall(row, table, re.MULTILINE):
+        typed.setdefault(anchor, []).extend(map(int, re.findall(r"\d+", cell)))
+    sections = re.split(r"^## (.*)$", (ROOT / "docs/migrating.md").read_text(), flags=re.MULTILINE)[1:]
+    counted = {}
+    for heading, text in zip(sections[::2], sections[1::2], strict=True):
+        diffs = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        hunks = [re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:] for diff in diffs]
+        counted[heading.replace("/", "").lower()] = [
+            sum(max(len(re.findall(rf"^[{sign}]", hunk, re.MULTILINE)) for sign in "-+") for hunk in of_diff)
+            for of_diff in hunks
+        ]
+    assert typed == {anchor: counted[anchor] for anchor in typed}
+    assert len(typed) > 7
 
 
 def commands(page: Path) -> dict[str, set[str]]:

@@ -18,6 +18,7 @@ from vmf_heads import VMFPrototypeHead, log_vmf_normalizer, prototype_report
 from vmf_heads._duplicates import count_duplicates
 from vmf_heads._memory import CHUNK_BYTES
 from vmf_heads.compat.ibot import iBOTHead
+from vmf_heads.report import _quantiles
 
 THRESHOLDS = (0.3, 0.5, 0.9, 0.99)
 
@@ -133,6 +134,19 @@ def test_use_and_entropies_are_those_of_the_formula() -> None:
     assert prototype_report(head).temperature == 0.07
 
 
+@pytest.mark.parametrize("total", [1, 2, 7, 100])
+def test_quantiles_are_those_of_torch(total: int) -> None:
+    values, shares = torch.randn(total), [0.0, 0.05, 0.5, 0.95, 1.0]
+    torch.testing.assert_close(torch.tensor(_quantiles(values, shares)), values.quantile(torch.tensor(shares)))
+
+
+def test_quantiles_of_more_prototypes_than_torch_takes() -> None:
+    total = 2**24 + 3
+    with pytest.raises(RuntimeError, match="input tensor is too large"):
+        torch.zeros(total).quantile(0.5)
+    assert _quantiles(torch.arange(total).double().flip(0), [0.0, 0.25, 1.0]) == [0, (total - 1) / 4, total - 1]
+
+
 PROTOTYPES = torch.eye(20)
 SAME = "The targets hardly differ between rows: collapsed, or at the start of training."
 SAME_FEATURES = "The features are nearly the same in all rows: collapsed."
@@ -227,6 +241,7 @@ TWO_HEADS = nn.ModuleList([iBOTHead(4, 8, hidden_dim=4, bottleneck_dim=3) for _ 
         (W * math.nan, {}, "`prototypes` must be finite, but some are inf or NaN"),
         (W, {"features": W.T}, r"`features` \(of shape \(3, 4\)\) must have shape \(rows >= 1, 3\)"),
         (W, {"features": W * math.nan}, "`features` or `scores` must be finite, but some are inf or NaN"),
+        (W, {"features": W}, r"`features` \(of shape \(4, 3\)\) must hold unit vectors, .* lengths from 1.73 to 1.73"),
         (W, {"features": W[:0]}, r"`features` \(of shape \(0, 3\)\) must have shape \(rows >= 1, 3\)"),
         (W, {"scores": W}, r"`scores` \(of shape \(4, 3\)\) must have shape \(rows >= 1, 4\)"),
         (W, {"features": W, "scores": W.T}, "`features` and `scores` must not both be given"),

@@ -12,7 +12,7 @@ import vmf_reference
 from dino_models import BATCH, K, P, models
 from gloo import run_on_ranks
 from vmf_heads import HeadOutput, TeacherTargets, VMFPrototypeHead
-from vmf_heads._first_outputs import CALLS
+from vmf_heads._first_outputs import CALLS, FirstOutputs
 
 X = torch.randn(BATCH, 10, generator=torch.Generator().manual_seed(0))
 DIFFERENT = "did not come from the teacher's head that this loss is attached to"
@@ -153,15 +153,19 @@ def test_more_calls_than_are_remembered_are_not_compared():
     side = attached((student, teacher))
     for _ in range(CALLS + 1):
         teacher(X)
+    assert not teacher.head._forward_hooks
     side.targets(torch.randn(2, K), 0.04)
 
 
-def test_a_compiled_head_is_not_compared():
+def test_compiled_heads_and_losses_are_not_compared():
     student, teacher = models()
     side = attached((student, teacher))
     compiled = torch.compile(teacher, backend="eager", fullgraph=True)
     side.targets(compiled(X), 0.04)
     torch.testing.assert_close(compiled(X), teacher(X))
+    side = attached((student, teacher))
+    targets = torch.compile(side.targets, backend="eager")
+    torch.testing.assert_close(targets(torch.ones(2, K), 0.04).sum(dim=1), torch.ones(2))
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -170,7 +174,7 @@ def test_a_copy_of_the_teacher_instead_of_the_teacher_warns(copy_of):
     student, teacher = models()
     side = attached((student, teacher))
     copied = copy_of(teacher)
-    assert not any(hook(None, None, None) for hook in copied.head._forward_hooks.values())
+    assert not any(isinstance(hook, FirstOutputs) for hook in copied.head._forward_hooks.values())
     with pytest.warns(UserWarning, match="this head looks like a teacher's"):
         logits = copied(X)
     with pytest.warns(UserWarning, match="the teacher's head did not run between `attach` and the first call"):

@@ -188,7 +188,8 @@ def announce(output: Path) -> None:
         "\nPer cent on the test split; ±: standard error over images, for 1- and 5-shot deviation over training sets."
     )
     said = story(results)
-    print("\n".join([said["use"], said["kappa"], *map(sentence, results["knn_comparisons"])]))
+    lines = [said["use"], said["kappa"], said["by_kappa"], *map(sentence, results["knn_comparisons"])]
+    print("\n".join(f"- {line}" for line in lines))
     print(f"\n{results['seconds']:.0f} s in all. Report: {output / 'report.html'}; numbers: {output / 'results.json'}")
 
 

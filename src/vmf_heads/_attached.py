@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ._checks import positive
@@ -59,8 +60,10 @@ class AttachedHeads:
 
     def take(self, pair: HeadPair) -> None:
         """Set the temperature of the student's head and what both return; warn if the student's norms are frozen."""
-        for head, output in zip(pair[:2], pair.outputs, strict=True):
-            head.attach_output(output)
+        of_student, of_teacher = pair.outputs
+        stay = of_student == "prototypes" and _keep_prototypes(pair.models[0], pair.student)
+        pair.student.attach_output(of_student, prototypes_stay=stay)
+        pair.teacher.attach_output(of_teacher)
         pair.student.temperature = self.student_temp
         self._norms_learned = self.layer_of(pair.student).norms_require_grad
         if pair.student.normalizer == "vmf" and not self._norms_learned:
@@ -72,7 +75,7 @@ class AttachedHeads:
     def check_outputs(self, teacher: Tensor, student: Tensor | None = None) -> None:
         """At the first call with rows: raise RuntimeError unless they are what the heads returned."""
         pair = self.get()
-        if self._first is None or teacher.shape[:-1].numel() == 0:
+        if self._first is None or teacher.shape[:-1].numel() == 0 or torch.compiler.is_compiling():
             return
         (of_student, of_teacher), self._first = self._first, None
         models, self.pair = pair.models, pair._replace(models=())
@@ -185,10 +188,32 @@ def _fused_output(model: nn.Module, head: PrototypeHead) -> str:
     read silently wrong gradients, and DistributedDataParallel(find_unused_parameters=True) counts them as unused.
     """
     finds_unused = any(getattr(module, "find_unused_parameters", False) for module in model.modules())
-    sharded = any(is_sharded(parameter) for parameter in head.last_layer.parameters())
-    return "prototypes" if finds_unused or sharded or _is_sharded(model) else "features"
+    return "prototypes" if finds_unused or _has_shards(head) or _is_sharded(model) else "features"
+
+
+def _has_shards(head: PrototypeHead) -> bool:
+    """Whether FSDP2 or FSDP1 shards the head's parameters at this moment."""
+    return any(is_sharded(parameter) for parameter in head.last_layer.parameters())
 
 
 def _is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards any part of `model`, also where that part's parameters are whole at the moment."""
-    return any(hasattr(module, "set_reshard_after_forward") for module in model.modules())  # of an FSDPModule
+    return any(map(_is_fsdp_module, model.modules()))
+
+
+def _is_fsdp_module(module: nn.Module) -> bool:
+    return hasattr(module, "set_reshard_after_forward")
+
+
+def _keep_prototypes(student: nn.Module, head: PrototypeHead) -> bool:
+    """Let the prototypes stay whole from the head's forward to its backward, which soon follows; whether they will.
+
+    FSDP2 would free them, gather them again for the backward, and leave a copy to the loss. (A teacher has no backward
+    to free them after, so that its head returns a copy.)
+    """
+    owners = [module for module in student.modules() if _is_fsdp_module(module) and head in module.modules()]
+    if not owners:
+        return not _has_shards(head)  # FSDP1 frees them in any case
+    innermost: Any = min(owners, key=lambda module: sum(1 for _ in module.modules()))
+    innermost.set_reshard_after_forward(False, recurse=False)
+    return True

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import _memory
 from ._compiled import is_plain_eager
 from ._matmul import average, mm_float32
+from ._once import once_differentiable
 from .prototypes import HeadOutput
 
 Wanted = tuple[bool, bool, bool, bool]  # of the gradients of features, directions, scales and bias
@@ -69,7 +69,11 @@ class ChunkedCrossEntropy(Function):
         return loss, total.log_sum
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(
+        "a gradient of `prototype_cross_entropy`, or of a loss with fused=True, was taken with create_graph=True, but "
+        "it cannot be differentiated again: it was finished in the forward pass. For a gradient penalty or a Hessian "
+        "use fused=False, or `prototype_cross_entropy_reference`"
+    )
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, scale = ctx.saved_tensors
         if getattr(ctx, "are_handed_out", False) or not is_plain_eager(grad) or _is_batched(grad):

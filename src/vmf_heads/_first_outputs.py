@@ -40,8 +40,12 @@ class FirstOutputs:
 
     def __call__(self, head: PrototypeHead, args: Any, output: Any) -> None:
         """The forward hook."""
-        if torch.compiler.is_compiling() or self.calls == CALLS:
+        if torch.compiler.is_compiling():
             self.unknown = True
+            return
+        if self.calls == CALLS:
+            self.unknown = True
+            self.stop()
             return
         self.calls += 1
         for tensor in _tensors(output):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ._once import once_differentiable
 
 # torch.mm takes `out_dtype` since 2.8, on CUDA only (on CPU it raises).
 _MM_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 8)
@@ -83,7 +84,11 @@ class _HalfLinear(Function):
         return mm_float32(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(
+        "a gradient of scores from half-precision products was taken with create_graph=True, but it cannot be "
+        "differentiated again. For a gradient penalty or a Hessian compute the scores in float32: without autocast, or "
+        "with float32_scores=True, and with parameters in float32"
+    )
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         g = grad.to(x.dtype).reshape(-1, weight.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import nn
@@ -17,6 +18,22 @@ class RenamedState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_post_hook(_use_the_names_of_the_state)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes go by the names of the state dict, too: torch.distributed.checkpoint looks for each of them."""
+        for inside, outside in type(self).STATE_NAMES.items():
+            if outside == name:
+                path, _, leaf = inside.rpartition(".")
+                holder = attrgetter(path)(self)
+                if hasattr(holder, leaf):  # a loss has the names of both kinds of centre, and one of them
+                    return getattr(holder, leaf)
+        return super().__getattr__(name)
+
+    def reset_parameters(self) -> None:
+        """Centres of 0 and nothing accumulated, as the constructor leaves them; also after `to_empty`."""
+        for part in self.children():
+            if callable(reset := getattr(part, "reset_parameters", None)):
+                reset()
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The state, with the names of `STATE_NAMES`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -66,7 +67,20 @@ def teacher_targets(
     return torch.softmax(logits + offset, dim=-1)
 
 
-class ProbabilityCentering(nn.Module):
+class _RunningCenter(nn.Module):
+    """What both centres have in common: a group of ranks, which is not part of what a copy copies."""
+
+    process_group: ProcessGroup | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self.process_group)] = self.process_group  # a handle to connections: it cannot be copied, but shared
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+
+class ProbabilityCentering(_RunningCenter):
     """The running centre c_k of DINO-vMF, an average of probabilities instead of logits (Eq. 9).
 
     Equals, for scores <w, y_b> (B, K) and temperature tau::
@@ -124,8 +138,14 @@ class ProbabilityCentering(nn.Module):
         self.center_on = one_of("center_on", center_on, CENTER_ON)
         self.start = one_of("start", start, CENTER_START)
         self.process_group = process_group
-        self.register_buffer("log_center", torch.zeros(at_least("num_prototypes", num_prototypes, 1)))
+        self.register_buffer("log_center", torch.empty(at_least("num_prototypes", num_prototypes, 1)))
         self.register_buffer("logit_center", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A centre of 0 and nothing accumulated, as the constructor leaves it; also after `to_empty`."""
+        nn.init.zeros_(self.log_center)
+        self.logit_center = None
         self._log_sum: Tensor | None = None  # accumulated since the last commit_
         self._rows = 0
 
@@ -247,7 +267,7 @@ class ProbabilityCentering(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class LogitCentering(nn.Module):
+class LogitCentering(_RunningCenter):
     """DINO's running mean of the teacher's logits (Eq. 8), here of logits with log C_p; same interface as Eq. 9's.
 
     Args:
@@ -276,7 +296,12 @@ class LogitCentering(nn.Module):
         self.momentum = check_momentum("momentum", momentum)
         self.start = one_of("start", start, CENTER_START)
         self.process_group = process_group
-        self.register_buffer("center", torch.zeros(shape))
+        self.register_buffer("center", torch.empty(shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A centre of 0 and nothing accumulated, as the constructor leaves it; also after `to_empty`."""
+        nn.init.zeros_(self.center)
         self._logit_sum: Tensor | None = None  # accumulated since the last commit_
         self._rows = 0
 

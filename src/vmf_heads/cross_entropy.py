@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import at_least, one_of, positive
+from ._checks import at_least, constant, one_of, unit_rows
 from ._chunked import ChunkedCrossEntropy, Distillation
 from ._matmul import autocast_dtype, without_autocast
 from ._memory import rows_per_chunk
@@ -51,9 +51,10 @@ def prototype_cross_entropy(
     either, is a `target` of probabilities; `batch_chunk_size` is the option of that name, and `reduction` is "sum".
 
     Args:
-        student: y (Ns, p) unit rows and prototypes (K, p); features, directions and scales carry gradients.
+        student: y (Ns, p) unit rows and prototypes (K, p); features, directions and scales carry gradients. A few
+            rows are looked at: whether they are unit vectors, or 0.
         teacher: z (Nt, p) and prototypes (K, p); no gradient flows to them.
-        student_temperature: > 0.
+        student_temperature: > 0; like the other and the weights a constant, to which no gradient flows.
         teacher_temperature: > 0.
         normalizer: "vmf" adds log C_p on both sides; "none" is plain DINO.
         log_center: c (K,) of Eq. 9. None: zeros.
@@ -71,7 +72,9 @@ def prototype_cross_entropy(
             softmax and loss are float32.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or a shape does not fit; the message names it.
+        ValueError, TypeError: an argument is out of range, a shape does not fit, features are no unit vectors, or
+            weights or a temperature require grad; the message names it.
+        RuntimeError: a gradient was taken with create_graph=True. There is no second derivative.
 
     Reference: Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9. The algebra: docs/loss.md.
 
@@ -96,9 +99,20 @@ def prototype_cross_entropy(
     """
     one_of("normalizer", normalizer, NORMALIZERS)
     one_of("center_on", center_on, CENTER_ON)
-    positive("student_temperature", student_temperature)
-    positive("teacher_temperature", teacher_temperature)
+    constant("student_temperature", student_temperature)
+    constant("teacher_temperature", teacher_temperature)
     _check_shapes(student, teacher, log_center, teacher_rows, weights)
+    if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "`weights` must not require grad: no gradient flows to them here. Pass `weights.detach()`, or use "
+            "`prototype_cross_entropy_reference`"
+        )
+    unit_rows("student.features", student.features)
+    unit_rows("teacher.features", teacher.features)
+    if teacher_rows is not None and len(teacher.features) == 0:
+        if (teacher_rows >= 0).any():
+            raise ValueError("`teacher_rows` must be -1 everywhere, because `teacher.features` has no rows")
+        teacher_rows, weights = teacher_rows[:, :0], None if weights is None else weights[:, :0]
     dtype = _common_dtype(student, teacher)
     total, dim = student.directions.shape
     if batch_chunk_size is None:
@@ -149,7 +163,8 @@ def prototype_cross_entropy_reference(
 ) -> tuple[Tensor, Tensor, int]:
     """The definition of `prototype_cross_entropy`, with every logit in memory: for reading and for testing.
 
-    Arguments and results are those of `prototype_cross_entropy`.
+    Arguments and results are those of `prototype_cross_entropy`. Here temperatures and weights carry gradients, too,
+    and gradients can be differentiated again.
     """
     y, w, z, u = student.features, student.prototypes, teacher.features, teacher.prototypes
     dim = w.shape[1]

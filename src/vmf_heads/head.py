@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from ._checks import at_least, one_of, positive
@@ -64,6 +65,7 @@ class PrototypeHead(nn.Module):
         self.output = one_of("output", output, OUTPUTS)
         self.float32_scores = float32_scores
         self._released_output: str | None = None  # what `release` restores while a loss is attached
+        self._prototypes_stay = False
         self._unattached = UnattachedTeacher()
         self.add_module(self.MLP_NAME, mlp)
         self.last_layer = prototypes
@@ -71,6 +73,15 @@ class PrototypeHead(nn.Module):
     def forward(self, x: Tensor, temperature: float | None = None) -> Any:
         """What `output` says, of backbone features `x` (..., in_dim); `temperature` overrides the head's own."""
         return self.read(self.last_layer, self.features(x), temperature)
+
+    def reset_parameters(self) -> None:
+        """Initialise all layers as their constructors do: after `to_empty` of a head that was built on the meta device.
+
+        Loops that call `reset_parameters` of every module find the same in the layers themselves.
+        """
+        for layer in self.modules():
+            if layer is not self and callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
 
     def features(self, x: Tensor) -> Tensor:
         """The unit features y (..., p), in float32 or more, of backbone features `x` (..., in_dim)."""
@@ -88,9 +99,10 @@ class PrototypeHead(nn.Module):
         if self.output == "features":
             return features
         if self.output == "prototypes":
-            # Copies: under FSDP the parameters' storage is freed after this forward.
             y, directions, scales = prototypes.with_features(features)
-            return HeadOutput(y, directions.clone(), None if scales is None else scales.clone())
+            # Copies: under FSDP the parameters' storage is freed after this forward, unless `attach` saw to it.
+            directions = _Itself.apply(directions) if self._prototypes_stay else directions.clone()
+            return HeadOutput(y, directions, None if scales is None else scales.clone())
         scores = prototypes(features, exact=self.float32_scores)
         if self.output == "scores" or self.normalizer == "none":
             return scores
@@ -117,9 +129,10 @@ class PrototypeHead(nn.Module):
         """Whether a loss has set `output`; a copy (deepcopy, pickle) is not attached."""
         return self._released_output is not None
 
-    def attach_output(self, output: str) -> None:
+    def attach_output(self, output: str, *, prototypes_stay: bool = False) -> None:
         """Make the head return `output` for a loss that needs it; called by the `attach` of the losses in `compat`.
 
+        `prototypes_stay` says that no wrapper frees them between the head's forward and its backward.
         Raises RuntimeError if the head already serves a loss that needs another output.
         """
         one_of("output", output, OUTPUTS)
@@ -130,12 +143,13 @@ class PrototypeHead(nn.Module):
                 f"this head already serves a loss as {self.output!r} and cannot serve another as {output!r}; "
                 "give each loss its own head, or call `head.release()` when the first loss is no longer used"
             )
-        self.output = output
+        self.output, self._prototypes_stay = output, prototypes_stay
 
     def release(self) -> None:
         """Undo `attach_output`: the head returns again what its constructor's `output` says."""
         if self._released_output is not None:
             self.output, self._released_output = self._released_output, None
+            self._prototypes_stay = False
 
     def extra_repr(self) -> str:
         """What print(module) shows."""
@@ -145,7 +159,21 @@ class PrototypeHead(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # super(): leaves out what `module.compile()` made, which from a copy would go on calling the original.
         state: dict[str, Any] = super().__getstate__()
-        return state | {"output": self._released_output or self.output, "_released_output": None}
+        output = self._released_output or self.output
+        return state | {"output": output, "_released_output": None, "_prototypes_stay": False}
+
+
+class _Itself(Function):
+    """The tensor, in the same memory, as a result of its own, so that hooks that a wrapper sets on it do not stay on a
+    parameter. A view would do, but in-place operations on a view drop such hooks, of which FSDP2 warns."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class VMFPrototypeHead(PrototypeHead):

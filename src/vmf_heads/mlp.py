@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ._checks import at_least
@@ -59,11 +60,21 @@ def projection_mlp(
         width = hidden_dim
     last = nn.Linear(width, bottleneck_dim, bias=out_bias)
     mlp = nn.Sequential(*layers, last) if layers else last
-    return mlp.apply(_init_linear)
+    for module in mlp.modules():
+        if type(module) is nn.Linear:
+            # Not constructed as one: DINO's code draws PyTorch's initialisation of all layers first, and its random
+            # numbers for a seed are ours.
+            module.__class__ = DINOLinear
+            module.reset_parameters()
+    return mlp
 
 
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+class DINOLinear(nn.Linear):
+    """A linear layer that `reset_parameters` initialises as DINO does."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights normal with deviation 0.02, truncated at 2, and biases 0."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
+from torch.utils import _pytree
 
 from ._distributed import whole
 from ._matmul import at_least_float32, linear_float32, without_autocast
@@ -63,6 +65,12 @@ class HeadOutput(NamedTuple):
         return total * at_least_float32(self.scales) / torch.linalg.vector_norm(directions, dim=1)
 
 
+# So that torch.export.save can write a graph that takes or returns one, and torch.export.load reads its example
+# inputs with weights_only=True. The first is not public in torch, but the only way for named tuples.
+_pytree._register_namedtuple(HeadOutput, serialized_type_name="vmf_heads.HeadOutput")
+torch.serialization.add_safe_globals([HeadOutput])
+
+
 def norms_of(output: HeadOutput) -> Tensor:
     """||w_k|| (K,) of prototypes in float32 or float64.
 
@@ -92,8 +100,13 @@ class Prototypes(nn.Module):
         super().__init__()
         self.dim = dim
         self.num_prototypes = num_prototypes
-        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not freeze_norms)
+        self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1), requires_grad=not freeze_norms)
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Norms of 1 and random directions, as the constructor makes them."""
+        nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # the initialisation of nn.Linear, as in DINO
 
     @property
@@ -210,8 +223,37 @@ PrototypeLayer = Prototypes | LinearPrototypes
 
 def weight_norm(directions: Tensor, scales: Tensor) -> Tensor:
     """The prototypes w_k = scale_k v_k / ||v_k|| (K, p) of directions v (K, p) and scales (K,), in float32 or more."""
-    # The kernel behind torch.nn.utils.weight_norm: DINO to the last bit, and its backward is one pass over (K, p).
-    return torch._weight_norm(at_least_float32(directions), at_least_float32(scales)[:, None], 0)
+    v, g = at_least_float32(directions), at_least_float32(scales)[:, None]
+    if torch._C._are_functorch_transforms_active():
+        return v * (g / torch.linalg.vector_norm(v, dim=1, keepdim=True))
+    if torch.compiler.is_compiling() or v.device.type not in ("cpu", "cuda"):
+        return torch._weight_norm(v, g, 0)
+    result: Tensor = _WeightNorm.apply(v.contiguous(), g.contiguous())
+    return result
+
+
+class _WeightNorm(Function):
+    """The kernel behind torch.nn.utils.weight_norm: DINO to the last bit, and its backward is one pass over (K, p).
+
+    The gradient of that backward is wrong in torch (2.13: it takes the saved norms for constants), so a gradient that
+    will be differentiated again is made of plain operations here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:
+        w, norms = torch._weight_norm_interface(v, g, 0)
+        ctx.save_for_backward(v, g, norms)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        v, g, norms = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            dv, dg = torch.ops.aten._weight_norm_interface_backward(grad.contiguous(), v, g, norms, 0)
+            return dv, dg
+        length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        dg = (grad * v).sum(dim=1, keepdim=True) / length
+        return g / length * (grad - dg / length * v), dg
 
 
 def prototype_log_normalizer(norms: Tensor, p: int, temperature: float | Tensor) -> Tensor:

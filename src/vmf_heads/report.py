@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import positive
+from ._checks import positive, unit_rows
 from ._distributed import whole
 from ._duplicates import count_duplicates
 from ._matmul import at_least_float32, without_autocast
@@ -190,7 +190,7 @@ def prototype_report(
     tau = positive("temperature", temperature)
 
     norms = weight.norm(dim=1)
-    quantiles = torch.quantile(norms / tau, norms.new_tensor(list(KAPPA_QUANTILES.values()))).tolist()
+    quantiles = _quantiles(norms / tau, list(KAPPA_QUANTILES.values()))
     duplicates = dict(zip(thresholds, count_duplicates(weight, thresholds), strict=True))
     report = PrototypeReport(
         prototypes=total,
@@ -217,6 +217,7 @@ def prototype_report(
         if features is None:
             return report
         _check_shape("features", features, dim)
+        unit_rows("features", features)
         chunks = (teacher_targets(chunk.to(weight) @ weight.T, tau, **terms) for chunk in features.split(rows))
         counts, use = _use(chunks, norms)
         mean = features.mean(dim=0, dtype=weight.dtype).to(weight.device)
@@ -246,6 +247,15 @@ def _use(targets: Iterable[Tensor], like: Tensor) -> tuple[Tensor, dict[str, Any
         "target_entropy": entropy.item() / rows,
         "marginal_entropy": torch.special.entr(marginal / rows).sum().item(),
     }
+
+
+def _quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """The quantiles of `values` (K,), as torch.quantile interpolates them, which takes no more than 2^24 numbers."""
+    ordered = values.sort().values
+    positions = [share * (len(values) - 1) for share in shares]
+    below = ordered[[math.floor(position) for position in positions]]
+    above = ordered[[math.ceil(position) for position in positions]]
+    return torch.lerp(below, above, values.new_tensor([position % 1 for position in positions])).tolist()
 
 
 def _resolve(prototypes: Tensor | nn.Module) -> tuple[Tensor, PrototypeHead | None]:

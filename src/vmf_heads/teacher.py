@@ -291,24 +291,39 @@ class TeacherSide:
         weights: Tensor | None,
     ) -> Tensor:
         """`prototype_cross_entropy` of all these rows, which enter the centre's next step as in `accumulate_`."""
-        with self._precision(student.features.device):
-            loss, log_sum, rows = prototype_cross_entropy(
-                student,
-                teacher,
-                student_temperature=student_temperature,
-                teacher_temperature=self.temperature,
-                normalizer=self.head.normalizer,
-                log_center=self.centering.offset(self.temperature),
-                teacher_rows=teacher_rows,
-                weights=weights,
-                center_on=self.centering.center_on,
-            )
+        loss, log_sum, rows = self.cross_entropy_and_statistics(
+            student, teacher, student_temperature, teacher_rows=teacher_rows, weights=weights
+        )
         if isinstance(self.centering, ProbabilityCentering):  # its statistics came along with the loss
             self.centering.convert_logit_center_(self.temperature)
             self.centering.accumulate_log_sum_(log_sum, rows)
         else:
             self.accumulate_(teacher)
         return loss
+
+    def cross_entropy_and_statistics(
+        self,
+        student: HeadOutput,
+        teacher: HeadOutput,
+        student_temperature: float,
+        *,
+        teacher_rows: Tensor | None,
+        weights: Tensor | None,
+        log_center: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, int]:
+        """`prototype_cross_entropy` of all these rows; the centre stays as it is, and `log_center` may replace it."""
+        with self._precision(student.features.device):
+            return prototype_cross_entropy(
+                student,
+                teacher,
+                student_temperature=student_temperature,
+                teacher_temperature=self.temperature,
+                normalizer=self.head.normalizer,
+                log_center=self.centering.offset(self.temperature) if log_center is None else log_center,
+                teacher_rows=teacher_rows,
+                weights=weights,
+                center_on=self.centering.center_on,
+            )
 
     def _precision(self, device: torch.device) -> AbstractContextManager[None]:
         return without_autocast(device) if self.head.float32_scores else nullcontext()

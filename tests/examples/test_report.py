@@ -19,7 +19,7 @@ from methods.backbone import build_backbone
 from methods.dino import DINO
 from reporting import charts, pictures
 from reporting.demo.report import write_report
-from reporting.demo.story import rise, spread, use
+from reporting.demo.story import rise, speeds, spread, use
 from reporting.demo_table import MODELS, RUNS
 from training.run import save_checkpoint
 
@@ -241,6 +241,9 @@ def test_other_uses_and_concentrations_give_other_words():
     assert "DINO 9.5 to 10.5 (a factor 1.11: they have hardly moved); DINO-vMF 0.0 to 12.0 (a factor inf)" in spread(
         rows
     )
+    speed = {"photos_dino": {"norms_lr_multiplier": 0.0}, "photos_dino_vmf": {"norms_lr_multiplier": 10.0}}
+    assert "DINO's as fast, DINO-vMF's 10 times as fast as the directions: spreads cannot be compared" in speeds(speed)
+    assert speeds({run: speed["photos_dino"] for run in speed}) == ""
     assert rise({"DINO": []}) == "No accuracy can be given by κ, because all κ are still equal."
 
 

@@ -84,7 +84,8 @@ def config(settings: dict[str, Any]) -> Config:
             "proj_output_dim": P,
             "num_prototypes": K,
             "norm_last_layer": bool(settings.get("unit")),
-            "use_bn_in_head": True,
+            # Biases in front of it have gradients of 0, and what rounding leaves of these has no equal.
+            "use_bn_in_head": not settings.get("unit"),
             "clip_grad": 0.3,
             "warmup_teacher_temperature_epochs": 1,
         },

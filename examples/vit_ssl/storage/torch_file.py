@@ -54,9 +54,11 @@ def read_torch_file(path: Path, *, safe: Sequence[Any] = ()) -> Any:
 def _check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            names, damaged = archive.namelist(), archive.testzip()
     except Exception as error:  # a zip file can be wrong in many ways, and each has an exception of its own
         raise UnreadableFile(f"{path} is damaged, or its end is missing ({error})") from error
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise UnreadableFile(f"{path} is no PyTorch file but another zip file ({', '.join(names[:3]) or 'empty'})")
     if damaged is not None:
         raise UnreadableFile(f"{path} is damaged (the checksum of its part {damaged} is wrong)")
 

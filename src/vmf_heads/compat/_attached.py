@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import at_least
 from .._state_names import RenamedState
 from ..centering import Centering
-from ..teacher import TeacherTargets
+from ..prototypes import HeadOutput, PrototypeLayer
+from ..teacher import TeacherTargets, features_of, with_prototypes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # The options that every loss hands on to its `TeacherTargets`.
 CENTER_OPTIONS = ("centering", "center_on", "center_start", "process_group")
+
+
+def check_not_empty(name: str, output: Tensor | HeadOutput) -> None:
+    """Raise ValueError if `output` has no rows: the loss is a mean over images, and that of none is NaN."""
+    shape = tuple(features_of(output).shape)
+    if not shape or 0 in shape:
+        raise ValueError(f"`{name}` (of shape {shape}) must hold at least one image: the loss is a mean over images")
 
 
 class AttachedLoss(RenamedState):
@@ -76,6 +86,7 @@ class SingleCenterLoss(AttachedLoss):
         center_on: see `ProbabilityCentering`.
         center_start: see `ProbabilityCentering`.
         process_group: the ranks that share one centre.
+        fused: whether the heads shall return features instead of logits and scores.
     """
 
     def __init__(
@@ -88,6 +99,8 @@ class SingleCenterLoss(AttachedLoss):
         center_on: str,
         center_start: str,
         process_group: ProcessGroup | None,
+        *,
+        fused: bool = False,
     ) -> None:
         super().__init__(
             TeacherTargets(
@@ -98,22 +111,44 @@ class SingleCenterLoss(AttachedLoss):
                 center_on=center_on,
                 center_start=center_start,
                 center_shape=center_shape,
+                fused=fused,
                 process_group=process_group,
             )
         )
         self.num_prototypes = out_dim
         self.center_momentum = center_momentum
 
-    def _targets(self, name: str, scores: Tensor, temperature: float) -> Tensor:
-        """Eq. 7 (..., K) of the teacher's raw scores (..., K), which errors call `name`; the centre stays as it is."""
-        self._check_columns(name, scores)
-        return self.teacher.at(temperature).targets(scores)
+    @property
+    def _columns(self) -> int:
+        """Of what the heads return: p of features, K of logits and scores."""
+        dim: int = self._attached()[1].bottleneck_dim if self.fused else self.num_prototypes
+        return dim
 
-    def _accumulate(self, name: str, scores: Tensor, temperature: float) -> None:
-        """Add these scores (..., K), which errors call `name`, to what the next step of the centre averages."""
-        self._check_columns(name, scores)
-        self.teacher.at(temperature).accumulate_(scores)
+    def _targets(self, name: str, output: Tensor | HeadOutput, temperature: float) -> Tensor:
+        """Eq. 7 (..., K) of what the teacher's head returned, which errors call `name`; the centre stays as it is."""
+        return self.teacher.at(temperature).targets(self._read(name, output))
 
-    def _check_columns(self, name: str, tensor: Tensor) -> None:
-        if tensor.dim() < 2 or tensor.shape[-1] != self.num_prototypes:
-            raise ValueError(f"`{name}` (of shape {tuple(tensor.shape)}) must be (..., {self.num_prototypes})")
+    def _accumulate(self, name: str, output: Tensor | HeadOutput, temperature: float) -> None:
+        """Add what the teacher's head returned, which errors call `name`, to what the centre's next step averages."""
+        self.teacher.at(temperature).accumulate_(self._read(name, output))
+
+    def _read(self, name: str, output: Tensor | HeadOutput) -> Tensor | HeadOutput:
+        """The teacher's output, which errors call `name`, with its prototypes if `fused`."""
+        self._check_columns(name, output)
+        return with_prototypes(output, self.teacher.layers[1]) if self.fused else features_of(output)
+
+    def _check_columns(self, name: str, output: Tensor | HeadOutput) -> None:
+        shape = features_of(output).shape
+        if len(shape) < 2 or shape[-1] != self._columns:
+            raise ValueError(f"`{name}` (of shape {tuple(shape)}) must be (..., {self._columns})")
+
+
+def rows_of(output: Tensor | HeadOutput, index: slice | Tensor) -> Tensor | HeadOutput:
+    """These rows of what a head returned, with what came along."""
+    return output._replace(features=output.features[index]) if isinstance(output, HeadOutput) else output[index]
+
+
+def joined(outputs: Sequence[Tensor | HeadOutput], layer: PrototypeLayer) -> HeadOutput:
+    """All rows (N, p) of the outputs (..., p) of one head, with the prototypes they belong to."""
+    features = torch.cat([features_of(output).flatten(0, -2) for output in outputs])
+    return with_prototypes(outputs[0], layer)._replace(features=features)

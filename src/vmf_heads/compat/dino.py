@@ -26,7 +26,7 @@ from ..cross_entropy import dino_pairs
 from ..head import VMFPrototypeHead
 from ..prototypes import HeadOutput
 from ..teacher import TeacherSide, TeacherTargets, features_of, with_prototypes
-from ._attached import AttachedLoss
+from ._attached import AttachedLoss, check_not_empty
 from ._temperature import temperature_at, temperature_schedule
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ class DINOLoss(AttachedLoss):
 
     def _check_rows(self, student_output: Tensor | HeadOutput, teacher_output: Tensor | HeadOutput) -> int:
         """The number of images in a batch, or an error if the outputs do not have the same."""
+        check_not_empty("teacher_output", teacher_output)
         student_rows, teacher_rows = len(features_of(student_output)), len(features_of(teacher_output))
         if teacher_rows % 2 or student_rows * 2 != teacher_rows * self.ncrops:
             raise ValueError(

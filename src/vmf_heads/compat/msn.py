@@ -148,6 +148,8 @@ def _check_shapes(anchors: Tensor, targets: Tensor, prototypes: Tensor, labels: 
             f"(={len(prototypes)}) rows of `prototypes`"
         )
     p = prototypes.shape[1]
+    if len(targets) == 0:
+        raise ValueError(f"`target_views` (of shape {tuple(targets.shape)}) must hold at least one image")
     for name, views in (("anchor_views", anchors), ("target_views", targets)):
         if views.dim() != 2 or views.shape[1] != p:
             raise ValueError(f"`{name}` (of shape {tuple(views.shape)}) must be (N, p) with p (={p}) of `prototypes`")

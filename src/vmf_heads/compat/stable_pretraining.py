@@ -27,6 +27,7 @@ from .._matmul import at_least_float32, without_autocast
 from ..head import PrototypeHead
 from ..prototypes import LinearPrototypes
 from ..teacher import TeacherTargets
+from ._attached import check_not_empty
 from ._late_center import LateCenterLoss
 from ._sinkhorn import sinkhorn_knopp
 
@@ -184,6 +185,7 @@ class DINOv1Loss(LateCenterLoss):
             )
         if len(student_logits) * len(teacher_probs) < 2:
             raise ValueError("`student_logits` and `teacher_probs` must hold two different views: here both hold one")
+        check_not_empty("student_logits", student_logits)
         log_probabilities = self._log_student("student_logits", student_logits)
         with without_autocast(student_logits.device):
             cross_entropy = -torch.einsum("sbk,tbk->st", log_probabilities, teacher_probs.to(log_probabilities.dtype))
@@ -249,6 +251,7 @@ class iBOTPatchLoss(nn.Module):
                 f"`student_patch_logits` (of shape {tuple(student_patch_logits.shape)}) must have the shape of "
                 f"`teacher_patch_probs` (={tuple(teacher_patch_probs.shape)})"
             )
+        check_not_empty("student_patch_logits", student_patch_logits)
         log_probabilities = torch.log_softmax(at_least_float32(student_patch_logits) / self.student_temp, dim=-1)
         return -(at_least_float32(teacher_patch_probs) * log_probabilities).sum(dim=-1).mean()
 
@@ -262,8 +265,8 @@ class iBOTPatchLoss(nn.Module):
     ) -> Tensor:
         """The teacher's assignments (M, K) by Sinkhorn-Knopp over all ranks; `num_samples` cancels."""
         self._heads.check_outputs(teacher_patch_tokens)
-        logits = at_least_float32(teacher_patch_tokens) / positive("teacher_temp", teacher_temp)
-        return sinkhorn_knopp(logits, n_iterations, self.process_group)
+        temperature = positive("teacher_temp", teacher_temp)
+        return sinkhorn_knopp(teacher_patch_tokens, n_iterations, self.process_group, temperature=temperature)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_heads": AttachedHeads(self.student_temp, fused=False)}  # not attached

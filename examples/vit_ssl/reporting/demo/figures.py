@@ -72,7 +72,7 @@ def prototype_charts(runs: dict[str, Run], evaluations: dict[str, list[dict[str,
             panel[label] = np.bincount(winners, minlength=run.recipe.out_dim)
     centerings = {label: run.recipe.centering for label, run in runs.items()}
     named = " and ".join(f"{label} by {centering}" for label, centering in centerings.items())
-    caution = f"The runs centre differently ({named}), so a difference here is not the effect of log C_p alone."
+    caution = f"The runs centre differently ({named}), so a difference here is not the effect of the constant alone."
     ranges = {label: accuracy_by_kappa(rows) for label, rows in evaluations.items()}
     divided = {label: rows for label, rows in ranges.items() if rows}
     by_kappa = chart(lambda dark: charts.accuracy_by_kappa(divided, dark=dark), "kNN by kappa") if divided else ""

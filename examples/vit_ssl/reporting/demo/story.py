@@ -14,13 +14,14 @@ SIMILAR = 1.5
 
 
 def story(results: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a demo's `results` say about "use", "kappa" and "accuracy", a few sentences each."""
+    """Return what a demo's `results` say about "use", "kappa", kNN "by_kappa" and "accuracy", in this order."""
     table = [row for row in results["table"] if row["model"] in RUNS]
     by_kappa = {label: accuracy_by_kappa(results["evaluations"][run]) for label, run in RUNS.items()}
     pairs = [pair for pair in results["knn_comparisons"] if pair["a"] == "DINO-vMF"]
     return {
         "use": use(table),
-        "kappa": f"{spread(table)} {rise(by_kappa)}",
+        "kappa": f"{spread(table)} {speeds(results['recipes'])}".strip(),
+        "by_kappa": rise(by_kappa),
         "accuracy": " ".join(sentence(pair) for pair in pairs),
     }
 
@@ -44,6 +45,15 @@ def spread(table: Sequence[Row]) -> str:
         words = f"a factor {factor:.1f}" if factor >= MOVED else f"a factor {factor:.2f}: they have hardly moved"
         found.append(f"{row['model']} {low:.1f} to {high:.1f} ({words})")
     return f"κ = ‖w‖/τ of the middle 90 % of the prototypes: {'; '.join(found)}."
+
+
+def speeds(recipes: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how fast the norms of each run learn, where that differs: it is a reason for a difference in spread."""
+    found = {label: recipes[run]["norms_lr_multiplier"] for label, run in RUNS.items()}
+    if len(set(found.values())) == 1:
+        return ""
+    words = (f"{label}'s {f'{speed:g} times as fast' if speed else 'as fast'}" for label, speed in found.items())
+    return f"The norms learn at different rates, {', '.join(words)} as the directions: spreads cannot be compared."
 
 
 def accuracy_by_kappa(rows: Sequence[Row]) -> list[Row]:

@@ -14,7 +14,7 @@ from ..._matmul import at_least_float32
 from ...centering import Centering
 from ...cross_entropy import dino_pairs
 from ...teacher import TeacherSide, TeacherTargets, features_of
-from .._attached import AttachedLoss
+from .._attached import AttachedLoss, check_not_empty
 from .._temperature import temperature_at, temperature_schedule
 from .regions import Crops, Output, Outputs, matched_regions
 
@@ -226,6 +226,7 @@ class DDINOLoss(AttachedLoss):
         return total
 
     def _check(self, student: Crops, teacher: Crops) -> None:
+        check_not_empty("teacher_output[0]", teacher.views)
         columns = self._attached()[1].bottleneck_dim if self.fused else self.num_prototypes
         for name, crops in (("student_output", student), ("teacher_output", teacher)):
             views, regions = features_of(crops.views), features_of(crops.regions)

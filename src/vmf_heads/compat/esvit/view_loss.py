@@ -16,7 +16,7 @@ from ..dino import DINOLoss as _DINOLoss
 class DINOLoss(_DINOLoss):
     """EsViT's loss on views for vMF heads: `compat.dino.DINOLoss`, and `targets_mixup`. Experimental.
 
-    Equals with mixtures, where targets_mixup[v][i, j] is what the teacher's row i counts for the student's row j of
+    Equals with mixtures, where `targets_mixup[v][i, j]` is what the teacher's row i counts for the student's row j of
     crop v (timm's Mixup in batch mode, where the share of image i in row j is that of image j in row i)::
 
         pairs = [(u, v) for u in range(2) for v in range(ncrops) if u != v]

@@ -13,7 +13,7 @@ from ..._matmul import at_least_float32
 from ...centering import Centering, check_momentum
 from ...cross_entropy import dino_pairs
 from ...teacher import TeacherSide, TeacherTargets, features_of, with_prototypes
-from .._attached import AttachedLoss
+from .._attached import AttachedLoss, check_not_empty
 from .._temperature import temperature_at, temperature_schedule
 from .tokens import Output, Tokens, check_shapes
 
@@ -182,6 +182,7 @@ class iBOTLoss(AttachedLoss):
         columns = ("out_dim", self.out_dim), ("patch_out_dim", self.patch_out_dim)
         if self.fused:
             columns = (("bottleneck_dim", self._attached()[1].bottleneck_dim),) * 2
+        check_not_empty("teacher_output[0]", teacher.cls)
         check_shapes(student, teacher, student_mask, self.ngcrops, self.ncrops, columns)
         self.teacher.check_outputs(teacher.cls, student.cls)
         self.teacher2.check_outputs(teacher.patch, student.patch)

@@ -10,7 +10,9 @@ from torch import Tensor
 from ..._checks import at_least, one_of, positive
 from ..._matmul import at_least_float32
 from ...centering import ProbabilityCentering
-from .._attached import SingleCenterLoss
+from ...prototypes import HeadOutput
+from ...teacher import features_of
+from .._attached import SingleCenterLoss, check_not_empty, joined
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,6 +29,11 @@ class Center:
         """The centre: `log_center` (K,) with probability centring, `center` (1, K) with logit centring."""
         centering = self._loss.centering
         return centering.log_center if isinstance(centering, ProbabilityCentering) else centering.center
+
+    @property
+    def center(self) -> Any:
+        """The buffer, with logit centring only; in the state dict it is `center.center`."""
+        return self._loss.centering.center
 
     def update(self) -> None:
         """`update_center` of the loss."""
@@ -54,6 +61,8 @@ class IBOTPatchLoss(SingleCenterLoss):
         center_on: see `ProbabilityCentering`; for centering="probability" only.
         center_start: "zeros", or "first_batch": the first update sets the centre.
         process_group: the ranks that share one centre; None means all of them.
+        fused: compute loss and gradients from features with `prototype_cross_entropy`, without any logits. Same numbers
+            to rounding, a fraction of the memory; attached heads then return features.
 
     `attach(student, teacher, head="ibot_head")` must be called once. State dict: `log_center` (K,) with probability
     centring; `center.center` (1, K), as in lightly, with logit centring. A lightly checkpoint's loads into either.
@@ -88,6 +97,7 @@ class IBOTPatchLoss(SingleCenterLoss):
         center_on: str = "responsibilities",
         center_start: str = "zeros",
         process_group: ProcessGroup | None = None,
+        fused: bool = False,
     ) -> None:
         at_least("output_dim", output_dim, 1)
         one_of("center_mode", center_mode, ("mean",))
@@ -100,6 +110,7 @@ class IBOTPatchLoss(SingleCenterLoss):
             center_on,
             center_start,
             process_group,
+            fused=fused,
         )
         self.teacher_temp = positive("teacher_temp", teacher_temp)
 
@@ -115,8 +126,8 @@ class IBOTPatchLoss(SingleCenterLoss):
 
     def forward(
         self,
-        teacher_out: Tensor,
-        student_out: Tensor,
+        teacher_out: Tensor | HeadOutput,
+        student_out: Tensor | HeadOutput,
         mask: Tensor,
         teacher_temp: float | None = None,
         *,
@@ -124,40 +135,60 @@ class IBOTPatchLoss(SingleCenterLoss):
     ) -> Tensor:
         """The loss of the masked patches (N, K), in the order of `mask` (B, H, W), bool, with N patches True.
 
-        Then the centre is updated. The teacher's temperature is `teacher_temp` or the constructor's. With gradients
-        accumulated over micro-batches, update_center=False in each, and `update_center()` once per step, makes one
-        update from all of them.
+        Then the centre is updated. With fused=True the patches are features (N, p). The teacher's temperature is
+        `teacher_temp` or the constructor's. With gradients accumulated over micro-batches, update_center=False in each,
+        and `update_center()` once per step, makes one update from all of them.
         """
-        if teacher_out.dim() != 2:
-            raise ValueError(f"`teacher_out` (of shape {tuple(teacher_out.shape)}) must be (N, {self.num_prototypes})")
+        teacher = features_of(teacher_out)
+        if teacher.dim() != 2:
+            raise ValueError(f"`teacher_out` (of shape {tuple(teacher.shape)}) must be (N, {self._columns})")
         if mask.dim() != 3 or mask.dtype != torch.bool:
             raise ValueError(f"`mask` (of shape {tuple(mask.shape)}, {mask.dtype}) must be (B, H, W) bool")
-        weights = (1 / mask.sum(dim=(1, 2), keepdim=True).clamp(min=1)).expand_as(mask)[mask]
-        if len(weights) != len(teacher_out):
+        check_not_empty("mask", mask)
+        weights = (1 / mask.sum(dim=(1, 2), keepdim=True).clamp(min=1).double()).expand_as(mask)[mask]
+        if len(weights) != len(teacher):
             raise ValueError(
-                f"`mask` (with {len(weights)} patches True) must have one for each of the {len(teacher_out)} rows of "
+                f"`mask` (with {len(weights)} patches True) must have one for each of the {len(teacher)} rows of "
                 "`teacher_out`"
             )
-        losses = self._cross_entropy(teacher_out, student_out, teacher_temp, update_center)
-        return (losses * weights).sum() / len(mask)
+        return self._loss(teacher_out, student_out, weights / len(mask), teacher_temp, update_center)
 
-    def _cross_entropy(
-        self, teacher_out: Tensor, student_out: Tensor, teacher_temp: float | None, update_center: bool
+    def _loss(
+        self,
+        teacher_out: Tensor | HeadOutput,
+        student_out: Tensor | HeadOutput,
+        weights: Tensor,
+        teacher_temp: float | None,
+        update_center: bool,
     ) -> Tensor:
-        """-sum_k P_t log P_s (...,) of scores and logits (..., K); then the update of the centre."""
+        """The sum of weights (...,) times -sum_k P_t log P_s of outputs (..., K); then the update of the centre."""
         temperature = self.teacher_temp if teacher_temp is None else positive("teacher_temp", teacher_temp)
-        if student_out.shape != teacher_out.shape:
+        teacher, student = features_of(teacher_out), features_of(student_out)
+        if student.shape != teacher.shape:
             raise ValueError(
-                f"`student_out` (of shape {tuple(student_out.shape)}) must have the shape of `teacher_out` "
-                f"(={tuple(teacher_out.shape)})"
+                f"`student_out` (of shape {tuple(student.shape)}) must have the shape of `teacher_out` "
+                f"(={tuple(teacher.shape)})"
             )
-        targets = self._targets("teacher_out", teacher_out, temperature)
-        self.teacher.check_outputs(teacher_out, student_out)
-        log_probabilities = torch.log_softmax(at_least_float32(student_out) / self.student_temp, dim=-1)
-        self._accumulate("teacher_out", teacher_out, temperature)
+        self._check_columns("teacher_out", teacher)
+        self.teacher.check_outputs(teacher, student)
+        if self.fused:
+            student_layer, teacher_layer = self.teacher.layers
+            loss = self.teacher.at(temperature).cross_entropy(
+                joined([student_out], student_layer),
+                joined([teacher_out], teacher_layer),
+                self.student_temp,
+                teacher_rows=None,
+                weights=weights.reshape(-1, 1),
+            )
+        else:
+            targets = self._targets("teacher_out", teacher, temperature)
+            log_probabilities = torch.log_softmax(at_least_float32(student) / self.student_temp, dim=-1)
+            losses = -(targets * log_probabilities).sum(dim=-1)
+            loss = (losses * weights.to(losses.dtype)).sum()
+            self._accumulate("teacher_out", teacher, temperature)
         if update_center:
             self.teacher.commit_()
-        return -(targets * log_probabilities).sum(dim=-1)
+        return loss
 
 
 class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
@@ -170,8 +201,8 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
 
     def forward(
         self,
-        teacher_out: Tensor,
-        student_out: Tensor,
+        teacher_out: Tensor | HeadOutput,
+        student_out: Tensor | HeadOutput,
         mask: Tensor | None = None,
         teacher_temp: float | None = None,
         visible_loss_weight: float = 1.0,
@@ -182,29 +213,32 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
 
         With a `mask`, (B, H, W) or (B, N), True where a patch is masked: the mean over the masked patches of an image,
         plus `visible_loss_weight` times that over its visible ones, averaged over images; 0 is `IBOTPatchLoss` on all
-        patches. Without one: the mean over all patches, which must then be (B, N, K).
+        patches. Without one: the mean over all patches, which must then be (B, N, K). With fused=True p takes the place
+        of K.
         """
-        if teacher_out.dim() not in (2, 3) or (teacher_out.dim() == 2 and mask is None):
+        shape = features_of(teacher_out).shape
+        if len(shape) not in (2, 3) or (len(shape) == 2 and mask is None):
             raise ValueError(
-                f"`teacher_out` (of shape {tuple(teacher_out.shape)}) must be (B, N, {self.num_prototypes}), or "
-                f"(B * N, {self.num_prototypes}) together with a `mask`"
+                f"`teacher_out` (of shape {tuple(shape)}) must be (B, N, {self._columns}), or "
+                f"(B * N, {self._columns}) together with a `mask`"
             )
-        patches = teacher_out.shape[:-1].numel()
+        check_not_empty("teacher_out", teacher_out)
+        patches = shape[:-1].numel()
         if mask is not None and (mask.dtype != torch.bool or mask.numel() != patches or len(mask) == 0):
             raise ValueError(
                 f"`mask` (of shape {tuple(mask.shape)}, {mask.dtype}) must be (B, H, W) or (B, N) bool, one for each "
                 f"of the {patches} patches of `teacher_out`"
             )
-        if mask is not None and teacher_out.dim() == 3 and len(mask) != len(teacher_out):
-            raise ValueError(f"`mask` (of {len(mask)} images) must be of the {len(teacher_out)} of `teacher_out`")
-        losses = self._cross_entropy(teacher_out, student_out, teacher_temp, update_center)
+        if mask is not None and len(shape) == 3 and len(mask) != shape[0]:
+            raise ValueError(f"`mask` (of {len(mask)} images) must be of the {shape[0]} of `teacher_out`")
         if mask is None:
-            return losses.mean()
-        masked, losses = mask.flatten(1), losses.view(len(mask), -1)
-        return _mean_where(masked, losses) + visible_loss_weight * _mean_where(~masked, losses)
+            weights = torch.full(shape[:-1], 1 / patches, dtype=torch.float64, device=features_of(teacher_out).device)
+        else:
+            masked = mask.flatten(1)
+            weights = _weights_of_means(masked) + visible_loss_weight * _weights_of_means(~masked)
+        return self._loss(teacher_out, student_out, weights.view(shape[:-1]), teacher_temp, update_center)
 
 
-def _mean_where(mask: Tensor, losses: Tensor) -> Tensor:
-    """The mean over images of the mean over those patches (B, N) of an image where the mask is True."""
-    of_image = (losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-    return of_image.mean()
+def _weights_of_means(mask: Tensor) -> Tensor:
+    """What each patch (B, N) counts in the mean over images of the mean over an image's patches in the mask."""
+    return mask.double() / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
