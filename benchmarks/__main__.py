@@ -9,11 +9,13 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
 
 from benchmarks.augment import augment
+from benchmarks.concentration import concentration
 from benchmarks.evidence import evidence
 from benchmarks.fashion import fashion, fashion_stability
 from benchmarks.faults import faults
 from benchmarks.loss import loss
 from benchmarks.mixture import mixture
+from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.photos import photos
 from benchmarks.step import step
@@ -28,6 +30,8 @@ COMMANDS = {
     "fashion-stability": fashion_stability,
     "photos": photos,
     "evidence": evidence,
+    "concentration": concentration,
+    "mixture-fit": mixture_fit,
     "faults": faults,
 }
 

@@ -13,6 +13,7 @@ from docs import mathml
 from mkdocs.exceptions import PluginError
 
 import vmf_heads.compat.dino
+import vmf_heads.mixture
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +55,7 @@ def test_a_formula_with_an_error_stops_the_build(tex: str, message: str) -> None
 def test_the_reference_has_every_public_name() -> None:
     listed = set(re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
     public = {f"vmf_heads.{name}" for name in vmf_heads.__all__}
+    public |= {f"vmf_heads.mixture.{name}" for name in vmf_heads.mixture.__all__}
     # DINOHead is VMFPrototypeHead and stands on the page as a sentence.
     for found in pkgutil.iter_modules(vmf_heads.compat.__path__):
         if found.name.startswith("_"):

@@ -66,6 +66,8 @@ LAYERS = [
     ["_checks", "_distributed", "_matmul", "_memory", "_duplicates", "_state_names", "_unattached", "mlp", "special"],
     ["prototypes", "optim", "head", "centering"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
+    ["mixture.concentration", "mixture._sampling", "mixture.distribution", "mixture._ranks", "mixture._seeding"],
+    ["mixture._steps", "mixture.online", "mixture.fit", "mixture.scores", "mixture"],
     ["", "compat", "compat._sinkhorn", "compat._temperature", "compat.convert"],
     ["compat._attached", "compat._late_center"],
     ["compat.dino", "compat.dinov2", "compat.dinov3", "compat.msn", "compat.solo", "compat.stable_pretraining"],

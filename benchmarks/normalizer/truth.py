@@ -51,12 +51,13 @@ def load_truth() -> dict[int, Truth]:
         for row in csv.DictReader(file):
             rows.setdefault(int(row["p"]), []).append(row)
     return {
-        p: Truth(p, np.array([float(r["kappa"]) for r in group]), *(_exact(group, name) for name in QUANTITIES))
+        p: Truth(p, np.array([float(r["kappa"]) for r in group]), *(exact_column(group, name) for name in QUANTITIES))
         for p, group in sorted(rows.items())
     }
 
 
-def _exact(rows: list[dict[str, str]], name: str) -> Exact:
+def exact_column(rows: list[dict[str, str]], name: str) -> Exact:
+    """The column `name` of rows of decimal numbers."""
     values = [Decimal(row[name]) for row in rows]
     high = [float(value) for value in values]
     low = [float(value - Decimal(h)) for value, h in zip(values, high, strict=True)]

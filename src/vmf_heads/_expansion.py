@@ -59,6 +59,11 @@ _KAPPA_BOUND_OF_STRIDES = {torch.float64: 1e19, torch.float32: 1e9}
 _TAIL_HIGHEST_P = 16
 _TAIL_SWITCH = {torch.float64: 28, torch.float32: 14}
 _TAIL_TERMS = {torch.float64: 26, torch.float32: 21}
+# The same for B in float64: (highest p, switch). For p <= 4 the steps down cost too much below the switch, too.
+_COMPLEMENT_TAIL = ((16, 28), (33, 40))
+_COMPLEMENT_TAIL_TERMS = 33
+# So many points on half the circle integrate exp(kappa cos) to rounding for kappa <= 28.
+_CIRCLE_POINTS = 28
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,49 @@ def mean_resultant(kappa: Tensor, p: int) -> Tensor:
     return _nan_below_zero(kappa, A.clamp(max=1))  # rounding may step over the supremum
 
 
+def complement(kappa: Tensor, p: int) -> Tensor:
+    """B(kappa) = 1 - A(kappa), in [0, 1], exact to rounding where A is near 1, too; float64; NaN below 0."""
+    bounded = _bounded(kappa)
+    switch = next((switch for highest_p, switch in _COMPLEMENT_TAIL if p <= highest_p), None)
+    if p in (2, 4):
+        B = _complement_on_circle(bounded, p)
+    elif p == 3:
+        B = _complement_on_sphere(bounded)
+    else:
+        B = _complement_by_steps(bounded, p)
+    if switch is not None:
+        y = switch / bounded.clamp(min=switch)
+        B = torch.where(bounded <= switch, B, horner(_complement_tail_coefficients(p, switch), y) * y)
+    return _nan_below_zero(kappa, B)
+
+
+def _complement_by_steps(kappa: Tensor, p: int) -> Tensor:
+    e = expansion(p, kappa.dtype)
+    r, q, t = _coordinates(kappa, e)
+    B = _complement(r, q, t, horner(e.H, t))
+    for step in e.steps:
+        _, B, _ = _step_down(kappa, B, step)
+    return B
+
+
+def _complement_on_circle(kappa: Tensor, p: int) -> Tensor:
+    """B for even p: the mean of 1 - cos(angle) by the trapezoidal rule, whose terms are positive.
+
+    The density of the angle is proportional to sin(angle)^(p-2) exp(kappa cos(angle)).
+    """
+    half_angle = torch.linspace(0, math.pi / 2, _CIRCLE_POINTS + 1, dtype=kappa.dtype, device=kappa.device)
+    rest = 2 * half_angle.sin().square()  # 1 - cos(angle)
+    ends = torch.where((half_angle > 0) & (half_angle < math.pi / 2), 1.0, 0.5)
+    density = ends * (2 * half_angle).sin() ** (p - 2) * torch.exp(-kappa.unsqueeze(-1) * rest)
+    return (density * rest).sum(-1) / density.sum(-1)
+
+
+def _complement_on_sphere(kappa: Tensor) -> Tensor:
+    """B for p = 3, where A = coth(kappa) - 1/kappa; below 1 that cancels, and the steps do not."""
+    safe = kappa.clamp(min=1)
+    return torch.where(kappa < 1, _complement_by_steps(kappa, 3), (1 - 2 * safe / torch.expm1(2 * safe)) / safe)
+
+
 def curvature(kappa: Tensor, p: int) -> Tensor:
     """A'(kappa) = dA/dkappa > 0, the variance of <mu, y> under the component; 1/p at 0, NaN below 0."""
     e = expansion(p, kappa.dtype, fewest_steps=1)
@@ -235,12 +283,30 @@ def _tail_coefficients(p: int, dtype: torch.dtype) -> tuple[float, ...]:
 
 @cache
 def _expand_tail(p: int, dtype: torch.dtype) -> tuple[float, ...]:
-    """-j c_j / switch^{j+1}, j >= 1; the Riccati equation A' = 1 - A^2 - (p-1) A/kappa gives c_j term by term."""
+    """-j c_j / switch^{j+1}, j >= 1."""
+    c = _tail_series(p, _TAIL_TERMS[dtype])
+    return tuple(float(-j * c[j] / Fraction(_TAIL_SWITCH[dtype]) ** (j + 1)) for j in range(1, len(c)))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _complement_tail_coefficients(p: int, switch: int) -> tuple[float, ...]:
+    return _expand_complement_tail(p, switch)
+
+
+@cache
+def _expand_complement_tail(p: int, switch: int) -> tuple[float, ...]:
+    """-c_j / switch^j, j >= 1: B = 1 - A by powers of switch / kappa."""
+    c = _tail_series(p, _COMPLEMENT_TAIL_TERMS)
+    return tuple(float(-c[j] / Fraction(switch) ** j) for j in range(1, len(c)))
+
+
+def _tail_series(p: int, terms: int) -> list[Fraction]:
+    """c_0, ..., c_terms of A ~ sum_j c_j / kappa^j: the Riccati equation A' = 1 - A^2 - (p-1) A/kappa, term by term."""
     c = [Fraction(1), Fraction(1 - p, 2)]
-    for j in range(2, _TAIL_TERMS[dtype] + 1):
+    for j in range(2, terms + 1):
         products = sum((c[i] * c[j - i] for i in range(1, j)), Fraction(0))
         c.append(((j - p) * c[j - 1] - products) / 2)
-    return tuple(float(-j * c[j] / Fraction(_TAIL_SWITCH[dtype]) ** (j + 1)) for j in range(1, len(c)))
+    return c
 
 
 def horner(coefficients: Sequence[float], x: Tensor) -> Tensor:

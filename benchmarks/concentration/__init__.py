@@ -1,0 +1,5 @@
+"""The inverse of A_p, ours and others'."""
+
+from benchmarks.concentration.run import concentration, table
+
+__all__ = ["concentration", "table"]

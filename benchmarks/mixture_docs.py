@@ -1,0 +1,37 @@
+"""The tables of docs/mixture.md."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import concentration, mixture_fit, results
+
+DOCS = Path(__file__).parents[1] / "docs" / "mixture.md"
+MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "concentration": concentration.table,
+    "mixture_fit": mixture_fit.table,
+}
+"""By the name of the result file, which stands between the markers: what makes the table from it."""
+
+
+def update_docs() -> None:
+    """Replace what stands between the markers of docs/mixture.md by tables of the newest results."""
+    DOCS.write_text(rendered(DOCS.read_text()))
+
+
+def rendered(page: str) -> str:
+    """`page` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        result = results.latest(match[2])
+        return f"{match[1]}\n{TABLES[match[2]](result)}\n\n{_provenance(result)}\n\n{match[3]}"
+
+    return MARKER.sub(made, page)
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    return f"*{result['device']}, {threads}, {result['date']}; {versions}.*"

@@ -1,0 +1,5 @@
+"""Fits of mixtures whose truth is known, ours and spherical k-means."""
+
+from benchmarks.mixture_fit.run import mixture_fit, table
+
+__all__ = ["mixture_fit", "table"]

@@ -1,0 +1,17 @@
+"""Mixtures of von Mises-Fisher distributions as a tool: concentrations, densities, samples and fits."""
+
+from .concentration import vmf_concentration
+from .distribution import VMFMixture
+from .fit import MixtureFit, fit_vmf_mixture
+from .online import OnlineEM
+from .scores import DensityScores, density_scores
+
+__all__ = [
+    "DensityScores",
+    "MixtureFit",
+    "OnlineEM",
+    "VMFMixture",
+    "density_scores",
+    "fit_vmf_mixture",
+    "vmf_concentration",
+]
