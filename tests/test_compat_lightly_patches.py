@@ -219,6 +219,7 @@ def test_head_has_lightlys_parameters(batch_norm):
     torch.testing.assert_close(head(torch.randn(4, 6)).shape, torch.Size([4, 3]))
 
 
+@pytest.mark.filterwarnings("ignore:this head looks like a teacher")  # it is one that no loss is attached to
 def test_order_of_calls():
     loss, (student, teacher) = IBOTPatchLoss(K), heads()
     patches, mask = batch()
