@@ -62,8 +62,19 @@ def test_version():
 
 # From the bottom up: a module imports from rows above its own, or from its own in the order given.
 LAYERS = [
-    ["_checks", "_debye", "_distributed", "_matmul", "_memory", "_duplicates", "_state_names", "_unattached", "mlp"],
-    ["_expansion", "_lowering", "_compiled", "special"],
+    [
+        "_checks",
+        "_debye",
+        "_distributed",
+        "_once",
+        "_matmul",
+        "_memory",
+        "_duplicates",
+        "_state_names",
+        "_unattached",
+        "mlp",
+    ],
+    ["_expansion", "_lowering", "_compiled", "_unit_rows", "special"],
     ["prototypes", "optim", "head", "centering"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
     ["", "compat", "compat._sinkhorn", "compat._temperature", "compat.convert"],
