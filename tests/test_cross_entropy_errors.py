@@ -8,7 +8,7 @@ import torch
 
 from cross_entropy_problems import gradients, problem, reference
 from vmf_heads import prototype_cross_entropy
-from vmf_heads._checks import unit_rows
+from vmf_heads._unit_rows import unit_rows
 from vmf_heads.cross_entropy import dino_pairs
 
 # of problem((7, 5, 13, 3, 2)); `student` and `teacher` name the fields that change

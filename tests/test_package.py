@@ -62,8 +62,8 @@ def test_version():
 
 # From the bottom up: a module imports from rows above its own, or from its own in the order given.
 LAYERS = [
-    ["_once", "_debye", "_expansion", "_lowering", "_compiled"],
-    ["_checks", "_distributed", "_matmul", "_memory", "_duplicates", "_state_names", "_unattached", "mlp", "special"],
+    ["_checks", "_once", "_debye", "_distributed", "_matmul", "_memory", "_duplicates"],
+    ["_expansion", "_lowering", "_compiled", "_unit_rows", "_state_names", "_unattached", "mlp", "special"],
     ["prototypes", "optim", "head", "centering"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
     ["mixture.concentration", "mixture._sampling", "mixture.distribution", "mixture._ranks", "mixture._seeding"],

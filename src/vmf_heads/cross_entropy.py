@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import at_least, constant, one_of, unit_rows
+from ._checks import at_least, constant, one_of
 from ._chunked import ChunkedCrossEntropy, Distillation
 from ._matmul import autocast_dtype, without_autocast
 from ._memory import rows_per_chunk
+from ._unit_rows import unit_rows
 from .centering import CENTER_ON, teacher_targets
 from .head import NORMALIZERS
 from .prototypes import HeadOutput, norms_of, prototype_log_normalizer

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import positive, unit_rows
+from ._checks import positive
 from ._distributed import whole
 from ._duplicates import count_duplicates
 from ._matmul import at_least_float32, without_autocast
 from ._memory import rows_per_chunk
+from ._unit_rows import unit_rows
 from .centering import teacher_targets
 from .head import PrototypeHead, find_head
 
