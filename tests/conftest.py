@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+collect_ignore = ["data"]  # scripts that make the truth tables, which need more than the tests do
+
 
 def seed_all() -> None:
     random.seed(0)

@@ -178,8 +178,8 @@ def test_float16_with_a_grad_scaler_skips_what_overflowed_and_recovers(fused: bo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fused", "steps"), [(True, 10_000), (False, 1_000)])
-def test_ten_thousand_steps_in_bfloat16_autocast(fused: bool, steps: int) -> None:
+@pytest.mark.parametrize(("fused", "steps"), [(True, 2_000), (False, 500)])
+def test_many_steps_in_bfloat16_autocast(fused: bool, steps: int) -> None:
     """No NaN, and the centre is that of Eq. 9 in float64 from the same features: rounding does not become a drift."""
     (student, teacher), loss = models(), dino_loss(fused=fused)
     loss.attach(student, teacher)

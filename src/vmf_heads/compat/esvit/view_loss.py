@@ -17,7 +17,8 @@ class DINOLoss(_DINOLoss):
     """EsViT's loss on views for vMF heads: `compat.dino.DINOLoss`, and `targets_mixup`. Experimental.
 
     Equals with mixtures, where row i and column j of the matrix `targets_mixup[v]` say what the teacher's row i counts
-    for the student's row j of crop v (timm's Mixup in batch mode, where the share of image i in row j is that of image j in row i)::
+    for the student's row j of crop v (timm's Mixup in batch mode, where the share of image i in row j is that of image
+    j in row i)::
 
         pairs = [(u, v) for u in range(2) for v in range(ncrops) if u != v]
         sum(-(targets_mixup[v] * (P_t[u] @ log(P_s[v]).T)).sum(dim=1).mean() for u, v in pairs) / len(pairs)
