@@ -53,7 +53,8 @@ def test_a_penalty_on_the_compiled_gradient_raises() -> None:
 
     def loss(features: Tensor) -> Tensor:
         features = normalize(features, dim=1)
-        return prototype_cross_entropy(student._replace(features=features), teacher, **TEMPERATURES)[0]
+        output = HeadOutput(features, student.directions, student.scales)
+        return prototype_cross_entropy(output, teacher, **TEMPERATURES)[0]
 
     torch._dynamo.reset()
     value = torch.compile(loss, fullgraph=True, backend="aot_eager")(student.features)

@@ -183,6 +183,9 @@ class Loss(nn.Module):
         return prototype_cross_entropy(student, teacher, student_temperature=0.1, teacher_temperature=0.05)[0]
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.8."), reason="torch 2.8 writes no infinite numbers", raises=ValueError
+)
 def test_an_exported_function_of_head_outputs_is_saved_and_loaded(capfd: pytest.CaptureFixture[str]) -> None:
     loaded = written_and_read(torch.export.export(Loss(), (output(), output())))
     assert "weights_only" not in capfd.readouterr().err  # its example inputs are read without executing anything

@@ -184,14 +184,15 @@ def mean_resultant(kappa: Tensor, p: int) -> Tensor:
 def complement(kappa: Tensor, p: int) -> Tensor:
     """B(kappa) = 1 - A(kappa), in [0, 1], exact to rounding where A is near 1, too; float64; NaN below 0."""
     bounded = _bounded(kappa)
-    switch = next((switch for highest_p, switch in _COMPLEMENT_TAIL if p <= highest_p), None)
+    switches = [switch for highest_p, switch in _COMPLEMENT_TAIL if p <= highest_p]  # torch 2.8 does not trace next()
     if p in (2, 4):
         B = _complement_on_circle(bounded, p)
     elif p == 3:
         B = _complement_on_sphere(bounded)
     else:
         B = _complement_by_steps(bounded, p)
-    if switch is not None:
+    if switches:
+        switch = switches[0]
         y = switch / bounded.clamp(min=switch)
         B = torch.where(bounded <= switch, B, horner(_complement_tail_coefficients(p, switch), y) * y)
     return _nan_below_zero(kappa, B)
