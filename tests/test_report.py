@@ -141,9 +141,7 @@ def test_quantiles_are_those_of_torch(total: int) -> None:
 
 
 def test_quantiles_of_more_prototypes_than_torch_takes() -> None:
-    total = 2**24 + 3
-    with pytest.raises(RuntimeError, match="input tensor is too large"):
-        torch.zeros(total).quantile(0.5)
+    total = 2**24 + 3  # beyond the limit that torch.quantile had before 2.14
     assert _quantiles(torch.arange(total).double().flip(0), [0.0, 0.25, 1.0]) == [0, (total - 1) / 4, total - 1]
 
 
