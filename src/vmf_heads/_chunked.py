@@ -99,7 +99,7 @@ def _is_batched(grad: Tensor) -> bool:
     """Whether `grad` stands for several, as under torch.autograd.grad(is_grads_batched=True)."""
     try:
         grad.untyped_storage()
-    except NotImplementedError:
+    except NotImplementedError:  # which torch raises for batched tensors alone: they have no storage of their own
         return True
     return False
 

@@ -18,9 +18,9 @@ _lengths_known: set[tuple[str, torch.device, int]] = set()  # on devices where a
 def unit_rows(name: str, x: Tensor) -> None:
     """An error if one of a few rows of `x` (N, p) is no unit vector.
 
-    Rows of length 0, which is what normalising zeros gives, and rows that are not finite pass. On the CPU the look at
-    eight rows costs some 20 microseconds. On a GPU it would make the host wait for the device, so only the first call
-    for each name, device and p looks there. Inside torch.compile, transforms and CUDA graphs nothing is checked.
+    Rows of length 0, which is what normalising zeros gives, and rows that are not finite pass. On the CPU this is
+    one small reduction. On a GPU it would make the host wait for the device, so only the first call for each name,
+    device and p looks there. Inside torch.compile, transforms and CUDA graphs nothing is checked.
     """
     if x.numel() == 0 or not is_plain_eager(x):
         return

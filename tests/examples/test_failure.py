@@ -19,7 +19,7 @@ from training.collapse import TrainingCollapsed
         (ValueError("`p` (=1) must be an integer >= 2"), "`p` (=1) must be an integer >= 2"),
         (ValueError("of another recipe:\n  seed: 0"), "of another recipe:\n  seed: 0"),
         (ValueError(), "ValueError"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/runs"), "Permission denied: /root/runs"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), "Permission denied: runs"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space"),
         (ImportError("pip install 'vmf_heads[hub]'"), "pip install 'vmf_heads[hub]'"),
         (FloatingPointError("step 2: the loss is nan"), "step 2: the loss is nan"),

@@ -40,7 +40,7 @@ class Encoder:
     image_size: int
     """Side in px at which images are evaluated."""
     key: str = "teacher"
-    """Whether it is the student or the teacher of an original .pth file."""
+    """The name of the network that was read, where the file is an original .pth file."""
 
     def layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Return the tokens of the last `n` blocks, the last one last, each after the final LayerNorm: (B, 1 + h*w, D).
