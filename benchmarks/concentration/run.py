@@ -18,7 +18,7 @@ DIMENSIONS = (2, 3, 16, 64, 256, 1024, 1_000_000)
 """Those with a column of their own."""
 
 ELEMENTS, DIMENSION = 65_536, 256
-"""Of the timings."""
+"""What is timed: so many numbers, in one dimension."""
 
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "mixture_concentration.svg"
 
