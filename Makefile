@@ -9,7 +9,8 @@ PYTHON ?= python3
 TORCH ?= torch
 
 BIN := .venv/bin
-SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile # the files of tests, shared out to the cores
+# The files of tests are shared out to the cores, in their order: tests/examples, which has the longest, comes first.
+SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 

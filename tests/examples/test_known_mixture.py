@@ -25,12 +25,12 @@ def test_in_a_tenth_of_the_steps_dino_vmf_uses_its_prototypes(tmp_path: Path, ca
 
 @pytest.mark.slow
 def test_dino_vmf_orders_the_concentrations_and_dino_does_the_opposite(tmp_path: Path) -> None:
-    results = known_mixture.main(seeds=2, output=tmp_path / "picture.png")
-    for dino, _, vmf, likelihood in zip(*results.values(), strict=True):
-        assert vmf.used.float().mean() > 0.9 > 0.5 > dino.used.float().mean()
-        assert vmf.rank_correlation > 0.4 > -0.3 > dino.rank_correlation
-        assert vmf.purity > 0.95 > dino.purity
-        torch.testing.assert_close(likelihood.kappa, likelihood.true_kappa, rtol=0.3, atol=0)
+    results = known_mixture.main(seeds=1, output=tmp_path / "picture.png")
+    dino, _, vmf, likelihood = (runs[0] for runs in results.values())
+    assert vmf.used.float().mean() > 0.9 > 0.5 > dino.used.float().mean()
+    assert vmf.rank_correlation > 0.4 > -0.3 > dino.rank_correlation
+    assert vmf.purity > 0.95 > dino.purity
+    torch.testing.assert_close(likelihood.kappa, likelihood.true_kappa, rtol=0.3, atol=0)
 
 
 @pytest.mark.parametrize(("p", "kappa"), [(2, 3.0), (16, 0.5), (16, 40.0), (256, 1000.0)])
