@@ -168,7 +168,7 @@ def test_gradients_are_those_of_finite_differences(same_position: bool, scales: 
     assert torch.autograd.gradcheck(loss, [tensor for tensor in arguments["student"] if tensor is not None])
 
 
-@pytest.mark.parametrize("upstream", [(1.0, 65536.0), (65536.0, 1.0), (0.5, 0.5, -3.0)], ids=str)
+@pytest.mark.parametrize("upstream", [(1.0, 65536.0), (65536.0, 1.0), (0.5, 0.5, -3.0), (0.0, 2.0)], ids=str)
 @SCALES
 def test_the_upstream_gradient_scales_all_gradients(scales: bool, upstream: tuple[float, ...]) -> None:
     """In every backward pass of a graph that is retained, although the first gives away what the forward pass made."""

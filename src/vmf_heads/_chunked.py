@@ -79,20 +79,18 @@ class ChunkedCrossEntropy(Function):
         if getattr(ctx, "are_handed_out", False) or not is_plain_eager(grad) or _is_batched(grad):
             factor = grad / scale
             return *(g if g is None else g * factor for g in gradients), None, None
+        factor = grad.item() if grad.device.type == "cpu" else None  # a GPU's host would have to wait for it
+        if factor is not None and (factor == 0 or not math.isfinite(factor)):  # nothing could be made of them again
+            return *(g if g is None else g * factor for g in gradients), None, None
         # The first pass, and with retain_graph=False the only one, gives away what the forward pass made, so that there
         # is never a second (K, p) tensor. Whoever gets it may write to it: then a later pass raises.
         ctx.are_handed_out = True
-        if not _is_known_to_be_one(grad):
+        if factor != 1:
             for g in gradients:
                 if g is not None:
                     g.data.mul_(grad)  # `data`: not one of the changes that make a later pass raise
             scale.data.copy_(grad)
         return *gradients, None, None
-
-
-def _is_known_to_be_one(grad: Tensor) -> bool:
-    """Whether the scalar `grad` is 1, where the question is free: not on a GPU, whose host would have to wait."""
-    return grad.device.type == "cpu" and grad.item() == 1
 
 
 def _is_batched(grad: Tensor) -> bool:
