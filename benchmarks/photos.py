@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import results
 from evaluate import evaluate
 from evaluators.request import Request, Weights
@@ -32,6 +34,7 @@ def photos(*, runs: Path = Path("runs/ablation")) -> None:
     Args:
         runs: output directory of the ablation.
     """
+    torch.set_num_threads(1)  # as in the runs
     rows, others = read_runs(runs, SPLIT)
     print(f"{len(rows)} runs; left out: {', '.join(others) or 'none'}")
     first = {row["seed"]: runs / f"{row['name']}-seed{row['seed']}" for row in reversed(rows)}

@@ -23,6 +23,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "pairs": ("fashion_table", pairs),
     "by_fifth": ("fashion_table", by_fifth),
     "photos": ("photos_table", table_1),
+    "photos_pairs": ("photos_table", pairs),
     "photos_by_fifth": ("photos_table", by_fifth),
     "encoder_stability": ("fashion_stability", image_tables.stability),
 }
@@ -47,7 +48,7 @@ def rendered(page: str) -> str:
 
 def _provenance(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("vmf_heads", "torch"))
-    where = f"{result['device']}, {result['threads']} thread, {result['date']}"
+    where = f"{result['device']}, {result['threads']} thread{'s' * (result['threads'] > 1)}, {result['date']}"
     # A run of vit_ssl knows how long its steps took, which depends on what else the machine was doing.
     key, of = ("cpu_seconds", "CPU time") if "cpu_seconds" in result["rows"][0] else ("seconds", "training")
     minutes = sum(row[key] for row in result["rows"]) / 60
