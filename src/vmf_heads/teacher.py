@@ -141,7 +141,10 @@ class TeacherTargets(RenamedState):
 
     def find_heads(self, student: nn.Module, teacher: nn.Module, head: str | None = None) -> HeadPair:
         """The first half of `attach`: find the heads, raise if they cannot serve, change nothing."""
-        return self._heads.find(student, teacher, head)
+        pair = self._heads.find(student, teacher, head)
+        if (shards := self._heads.shards(pair)) is not None:
+            shards.check_centre_of(self.centering.process_group)
+        return pair
 
     def take_heads(self, pair: HeadPair) -> None:
         """The second half of `attach`: set the temperature, and what the heads return."""
