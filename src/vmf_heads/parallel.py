@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from ._distributed import is_sharded
+from ._checks import positive
+from ._distributed import is_sharded, whole
+from ._shards import place_of
 from .prototypes import LinearPrototypes, PrototypeLayer, Prototypes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["prototype_parameters", "shard_prototypes"]
+__all__ = ["clip_grad_norm_", "prototype_parameters", "shard_prototypes"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -31,7 +34,7 @@ def shard_prototypes(module: Module, mesh: DeviceMesh) -> Module:
 
     - DistributedDataParallel must not synchronise the prototypes. It does not if `module` is what will be wrapped.
     - fully_shard must not cut them once more: `fully_shard(model, ignored_params=set(prototype_parameters(model)))`.
-    - `torch.nn.utils.clip_grad_norm_` takes no mixture of DTensors and others: docs/scale.md has the lines for it.
+    - `torch.nn.utils.clip_grad_norm_` takes no mixture of DTensors and others: use `clip_grad_norm_` of this module.
     - A state dict holds DTensors, as those of fully_shard do. `load_state_dict` takes whole tensors, too.
 
     Args:
@@ -91,6 +94,42 @@ def prototype_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """
     for layer in _layers(module):
         yield from layer.parameters()
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` for parameters that are cut over different ranks, or over none.
+
+    Gradients are clipped by the Euclidean norm of all of them together, as if none was cut; every rank must call.
+
+    Args:
+        parameters: whose gradients are clipped, in place; those without a gradient are passed over.
+        max_norm: largest norm, > 0.
+
+    Returns:
+        The norm (a scalar tensor) before clipping, the same on every rank.
+
+    Raises:
+        ValueError, TypeError: `max_norm` is not a finite number > 0.
+
+    >>> import torch
+    >>> from vmf_heads.parallel import clip_grad_norm_
+    >>> x = torch.ones(4, requires_grad=True)
+    >>> (3 * x).sum().backward()
+    >>> clip_grad_norm_([x], max_norm=1.0), x.grad
+    (tensor(6.), tensor([0.5000, 0.5000, 0.5000, 0.5000]))
+    """
+    positive("max_norm", max_norm)
+    by_place: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_place.setdefault(place_of(parameter.grad), []).append(parameter.grad)
+    norms = [whole(nn.utils.get_total_norm(gradients), "the norm") for gradients in by_place.values()]
+    total = torch.stack(norms).norm() if norms else torch.zeros(())
+    factor = (max_norm / (total + 1e-6)).clamp(max=1)
+    for gradient in (gradient for gradients in by_place.values() for gradient in gradients):
+        (gradient.to_local() if hasattr(gradient, "to_local") else gradient).mul_(factor)
+    return total
 
 
 def _layers(module: nn.Module) -> Iterator[PrototypeLayer]:
