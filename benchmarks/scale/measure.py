@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from benchmarks.loss.memory import peak
-from benchmarks.scale.model import Cost, Setting
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.loss.memory import peak
+from benchmarks.scale.model import GATHERED, REPLICATED, Cost, Setting
 from vmf_heads import _memory
 from vmf_heads.compat.dino import DINOHead, DINOLoss
 from vmf_heads.parallel import shard_prototypes
@@ -60,12 +60,12 @@ def _bytes(tensor: Tensor) -> int:
 class Step:
     """Student, teacher, loss, AdamW and EMA in one of the layouts.
 
-    `shards` 0 replicates the head, -1 leaves it to FSDP2, otherwise the prototypes are cut into so many parts.
+    `shards` is REPLICATED, GATHERED, or into how many parts the prototypes are cut.
     """
 
     def __init__(self, setting: Setting, shards: int, crops: int) -> None:
         torch.manual_seed(0)
-        self.crops = crops
+        self.shards = shards
         self.student, self.teacher = (
             nn.Sequential(DINOHead(WIDTH, setting.prototypes, nlayers=1, bottleneck_dim=setting.dim)) for _ in range(2)
         )
@@ -76,11 +76,11 @@ class Step:
                 copies = setting.ranks // shards
                 shape = (shards,) if copies == 1 else (copies, shards)
                 shard_prototypes(model, init_device_mesh("cpu", shape))
-            if shards < 0:
+            if shards == GATHERED:
                 fully_shard(model[0])
                 fully_shard(model, reshard_after_forward=True)
         self.wrapped = self.student
-        if shards >= 0:
+        if shards != GATHERED:
             self.wrapped = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
         self.loss.attach(self.wrapped, self.teacher)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4, foreach=False)
@@ -88,7 +88,7 @@ class Step:
         self.teacher_rows = setting.teacher_rows
 
     def learn(self) -> None:
-        """Forward, loss and backward."""
+        """Forward, loss and backward; the optimiser has dropped the gradients before."""
         self.loss(self.wrapped(self.views), self.teacher(self.views[: self.teacher_rows]), 0).backward()
 
     def update(self) -> None:
@@ -97,12 +97,11 @@ class Step:
         with torch.no_grad():
             for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
                 _local(ours).lerp_(_local(theirs), 0.01)
-        self.optimizer.zero_grad(set_to_none=False)
 
     def held(self) -> int:
-        """Bytes of storage between steps, of parameters, gradients, moments and teacher, whatever part is looked at."""
+        """Bytes of the storages of parameters, gradients if there are, moments and teacher, whatever part is used."""
         student = list(self.student.parameters())
-        tensors = [*student, *(p.grad for p in student), *self.teacher.parameters()]
+        tensors = [*student, *self.teacher.parameters(), *(p.grad for p in student if p.grad is not None)]
         tensors += [x for state in self.optimizer.state.values() for x in state.values() if x.dim()]
         storages = {s.data_ptr(): s.nbytes() for s in (_local(x).untyped_storage() for x in tensors)}
         return sum(storages.values())
@@ -123,7 +122,8 @@ def _rank(rank: int, setting: Setting, shards: Sequence[int], crops: int, folder
     torch.set_num_threads(1)
     rendezvous = Path(folder, "rendezvous").as_uri()
     dist.init_process_group("gloo", rendezvous, timedelta(seconds=SECONDS), world_size=setting.ranks, rank=rank)
-    _memory.CHUNK_BYTES["cpu"] = setting.chunk_bytes
+    # As small beside these prototypes as they are, untouched, beside those of a large head.
+    _memory.CHUNK_BYTES["cpu"], _memory.CACHE_BYTES = setting.chunk_bytes, setting.chunk_bytes // 8
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     torch.save([_cost(Step(setting, number, crops)) for number in shards], Path(folder, f"{rank}.pt"))
     dist.barrier()
@@ -134,8 +134,11 @@ def _cost(step: Step) -> dict[str, float]:
     for _ in range(2):  # the optimiser's state, and DistributedDataParallel's final buckets
         step.learn()
         step.update()
+        step.optimizer.zero_grad()
     with Traffic() as traffic:
         step.learn()
     step.update()
     held = step.held()
-    return {"sent": traffic.sent, "held": held, "peak": held + peak(step.learn, "cpu")}
+    step.optimizer.zero_grad()
+    left = held if step.shards == REPLICATED else step.held()  # DistributedDataParallel's buckets stay
+    return {"sent": traffic.sent, "held": held, "peak": left + peak(step.learn, "cpu")}

@@ -1,4 +1,4 @@
-"""What a head costs a rank: bytes sent in a step, held between steps, and at the fullest moment of a step.
+"""What a head costs a rank: bytes sent in a step, held after it, and at its fullest moment.
 
 The ranks have images of their own. Prototypes, moments, features and what is sent are float32; collectives send what a
 ring sends, which no algorithm can undercut for large messages: of n ranks, each sends (n - 1) / n of what it gathers or
@@ -8,11 +8,12 @@ scatters in the end, and twice that where all get a sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FLOAT = 4  # bytes
-STATE = 5  # (K, p + 1) tensors between steps: student, its gradient, two moments of AdamW, teacher
+REPLICATED, GATHERED = 0, -1  # in the place of a number of shards
+STATE = 5  # (K, p + 1) tensors after a step: student, its gradient, two moments of AdamW, teacher
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,8 @@ class Setting:
         return FLOAT * math.ceil(self.prototypes / parts) * (self.dim + 1)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Bytes of one rank: sent in a step, held between steps, and at the fullest moment of a step, all together."""
+class Cost(NamedTuple):
+    """Bytes of one rank: sent in a step, held after it, and at the fullest moment from its forward to its backward."""
 
     sent: float
     held: float
@@ -54,7 +54,7 @@ def replicated(setting: Setting) -> Cost:
     whole = setting.parameters()
     sent = all_reduce(whole, setting.ranks) + center(setting)
     held = STATE * whole
-    # The loss makes the gradient of the directions before DistributedDataParallel gets it.
+    # The loss makes the gradient of the directions; DistributedDataParallel keeps another, its bucket.
     return Cost(sent, held, held + whole + rows(setting, 1))
 
 
@@ -63,8 +63,8 @@ def gathered(setting: Setting) -> Cost:
     whole, part = setting.parameters(), setting.parameters(setting.ranks)
     sent = (2 + 1) * (setting.ranks - 1) * part + center(setting)  # both heads are gathered, a gradient is scattered
     held = STATE * part
-    # The prototypes of the student and of the teacher, the gradient, and the copy of it that is being scattered.
-    return Cost(sent, held, held + 4 * whole + rows(setting, 1))
+    # In the loss the prototypes of student and teacher and the gradient are whole; its part of the latter comes later.
+    return Cost(sent, held, held - part + 3 * whole + rows(setting, 1))
 
 
 def sharded(setting: Setting, shards: int) -> Cost:
@@ -80,7 +80,7 @@ def sharded(setting: Setting, shards: int) -> Cost:
     normalise = 2 * all_reduce(shards * (student + 2 * teacher), shards)
     sent = gather + scatter + normalise + all_reduce(part, copies) + center(setting)
     held = STATE * part
-    # Where there are copies, their gradients are averaged in memory of its own.
+    # The gradient that the loss makes is the one that stays. Where there are copies, it is averaged in another tensor.
     return Cost(sent, held, held + (part if copies > 1 else 0) + rows(setting, shards))
 
 
@@ -109,4 +109,8 @@ def best_shards(setting: Setting) -> int:
     return min(powers, key=lambda shards: sharded(setting, shards).sent)
 
 
-LAYOUTS: dict[str, Callable[[Setting], Cost]] = {"replicated (DDP)": replicated, "gathered (FSDP2)": gathered}
+def cost(setting: Setting, shards: int) -> Cost:
+    """That of REPLICATED, of GATHERED, or of so many shards."""
+    if shards == REPLICATED:
+        return replicated(setting)
+    return gathered(setting) if shards == GATHERED else sharded(setting, shards)
