@@ -85,7 +85,7 @@ def arguments(rank: int, *, scales: bool, same_position: bool, center_on: str) -
     torch.manual_seed(0)
     shared = problem((2, 2, K, P, 1), scales=scales)
     torch.manual_seed(1 + rank)
-    rows = 3 + 2 * rank
+    rows = 2 * rank  # the first has none
     own = problem((rows, rows if same_position else 2 + rank, K, P, 2), same_position=same_position)
     if same_position:
         own["weights"] = own["weights"][:, :1]

@@ -152,6 +152,7 @@ def train(recipe: Recipe, options: Options) -> None:
     del state
     if is_main():
         processes = f", {world_size()} processes, {options.strategy}" if world_size() > 1 else ""
+        processes += f", prototypes in {options.prototype_parallel} parts" if options.prototype_parallel > 1 else ""
         done = f"{session.step} of {last_step} steps done"
         print(f"{recipe.name}: {len(images)} images, {done}, training on {device()}{processes}")
 

@@ -173,6 +173,8 @@ class RowExchange:
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, from the own ones."""
+        if self._most == 0:  # no rank has any
+            return rows
         missing = self._most - len(rows)
         if missing:
             rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
@@ -189,6 +191,8 @@ class RowExchange:
 
     def sum_own(self, rows: Tensor) -> Tensor:
         """The own ones of the rows (all ranks' rows, ...), summed over the ranks."""
+        if self._most == 0:
+            return rows
         if min(self.counts) != self._most:
             padded = rows.new_zeros(self.ranks, self._most, *rows.shape[1:])
             for block, part in zip(padded, rows.split(self.counts), strict=True):

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils import _pytree
 
-from ._distributed import all_reduce_sum_, cut_like, is_sharded, whole
+from ._distributed import all_reduce_sum_, cut_like, whole
 from ._matmul import at_least_float32, linear_float32, without_autocast
 from ._shards import RowExchange, exchanges, local_rows, shards_of, to_own_rows
 from .special import log_vmf_normalizer
@@ -268,7 +268,7 @@ PrototypeLayer = Prototypes | LinearPrototypes
 
 def weight_norm(directions: Tensor, scales: Tensor) -> Tensor:
     """The prototypes w_k = scale_k v_k / ||v_k|| (K, p) of directions v (K, p) and scales (K,), in float32 or more."""
-    if is_sharded(directions):
+    if hasattr(directions, "placements"):
         raise RuntimeError(
             "the prototypes are cut over ranks, so that no rank has them all: `last_layer.gathered()` gathers them, "
             "and every rank must call it"
