@@ -3,7 +3,7 @@
 from benchmarks import results
 from benchmarks.scale import report
 from benchmarks.scale.measure import measure
-from benchmarks.scale.model import GATHERED, REPLICATED, Cost, Setting, cost
+from benchmarks.scale.model import GATHERED, REPLICATED, Setting
 
 # Small, but so that prototypes take much more than the rows that meet them, as in a large head.
 MEASURED = {"prototypes": 2**14 + 1, "dim": 64, "student_rows": 96, "teacher_rows": 32, "chunk_bytes": 2**20}
@@ -29,20 +29,18 @@ def scale(*, images: int = 64, crops: int = 12, quick: bool = False) -> None:
     if quick:
         return
     rows = measured()
-    print(report.measured_table(rows))
-    print(results.write("scale", "cpu", rows, **MEASURED, batch=batch))
+    print(report.measured_table({"head": MEASURED, "rows": rows}))
+    print(results.write("scale", "cpu", rows, head=MEASURED, batch=batch))
     report.draw(batch)
     report.update_docs()
 
 
 def measured() -> list[dict[str, object]]:
-    """One row for each layout and number of ranks: what the model says and what a step does."""
+    """One row for each number of ranks and layout: what a step of one rank does."""
     rows: list[dict[str, object]] = []
     for ranks, shards in SHARDS.items():
-        setting = Setting(ranks=ranks, **MEASURED)
-        for number, found in zip(shards, measure(setting, shards, CROPS), strict=True):
-            row: dict[str, object] = {"ranks": ranks, "shards": number}
-            for name in Cost._fields:
-                row |= {name: getattr(found, name), f"{name}_model": getattr(cost(setting, number), name)}
-            rows.append(row)
+        found = measure(Setting(ranks=ranks, **MEASURED), shards, CROPS)
+        rows += [
+            {"ranks": ranks, "shards": number} | cost._asdict() for number, cost in zip(shards, found, strict=True)
+        ]
     return rows

@@ -25,7 +25,7 @@ from vmf_heads import _memory
 from vmf_heads.compat.dino import DINOHead, DINOLoss
 from vmf_heads.parallel import shard_prototypes
 
-SECONDS = 300  # after which a rank that waits for another gives up
+SECONDS = 1800  # after which a rank that waits for another gives up
 WIDTH = 8  # of the backbone's features and of the MLP: next to nothing
 
 

@@ -63,8 +63,9 @@ def gathered(setting: Setting) -> Cost:
     whole, part = setting.parameters(), setting.parameters(setting.ranks)
     sent = (2 + 1) * (setting.ranks - 1) * part + center(setting)  # both heads are gathered, a gradient is scattered
     held = STATE * part
-    # In the loss the prototypes of student and teacher and the gradient are whole; its part of the latter comes later.
-    return Cost(sent, held, held - part + 3 * whole + rows(setting, 1))
+    # In the loss the prototypes of student and teacher and the gradient are whole. While the gradient is scattered, the
+    # student's prototypes, the gradient and its copy are, and buffers of FSDP2 take four parts more (as measured).
+    return Cost(sent, held, held - part + 3 * whole + max(4 * part, rows(setting, 1)))
 
 
 def sharded(setting: Setting, shards: int) -> Cost:
@@ -80,8 +81,9 @@ def sharded(setting: Setting, shards: int) -> Cost:
     normalise = 2 * all_reduce(shards * (student + 2 * teacher), shards)
     sent = gather + scatter + normalise + all_reduce(part, copies) + center(setting)
     held = STATE * part
-    # The gradient that the loss makes is the one that stays. Where there are copies, it is averaged in another tensor.
-    return Cost(sent, held, held + (part if copies > 1 else 0) + rows(setting, shards))
+    # The gradient that the loss makes is the one that stays. Where there are copies, it is averaged in another tensor,
+    # after the loss has freed what it held.
+    return Cost(sent, held, held + max(part if copies > 1 else 0, rows(setting, shards)))
 
 
 def rows(setting: Setting, shards: int) -> float:

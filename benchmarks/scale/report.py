@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ def model_table(batch: Mapping[str, int]) -> str:
     return "\n".join(lines)
 
 
-def measured_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def measured_table(result: Mapping[str, Any]) -> str:
     """What real steps sent, held and took at most, each with its ratio to what the model says."""
     lines = ["| ranks, layout | sent | held after a step | at most in a step |", "|---" * 4 + "|"]
-    for row in rows:
+    for row in result["rows"]:
+        model = cost(Setting(ranks=row["ranks"], **result["head"]), row["shards"])
         layout = NAMES.get(row["shards"]) or _layout(row["ranks"], row["shards"])
-        cells = [f"{row[name] / 2**20:.1f} MiB, {row[name] / row[f'{name}_model']:.2f}" for name in Cost._fields]
+        cells = [f"{row[name] / 2**20:.1f} MiB, {row[name] / getattr(model, name):.2f}" for name in Cost._fields]
         lines.append(f"| {row['ranks']}, {layout} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -93,5 +94,5 @@ def rendered(page: str) -> str:
     result = results.latest("scale")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("vmf_heads", "torch"))
     source = f"*{result['device']}, one thread a rank, {result['date']}; {versions}.*"
-    tables = {"model": model_table(result["batch"]), "measured": f"{measured_table(result['rows'])}\n\n{source}"}
+    tables = {"model": model_table(result["batch"]), "measured": f"{measured_table(result)}\n\n{source}"}
     return MARKER.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n{match[3]}", page)
