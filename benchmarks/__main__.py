@@ -18,6 +18,7 @@ from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.photos import photos
+from benchmarks.scale import scale
 from benchmarks.step import step
 
 COMMANDS = {
@@ -33,6 +34,7 @@ COMMANDS = {
     "concentration": concentration,
     "mixture-fit": mixture_fit,
     "faults": faults,
+    "scale": scale,
 }
 
 if __name__ == "__main__":

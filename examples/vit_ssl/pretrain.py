@@ -64,6 +64,8 @@ class Options:
 
     strategy: Strategy = "ddp"
     """How several processes of torchrun share the work: each with whole networks (ddp) or with a part (fsdp2)."""
+    prototype_parallel: int = 1
+    """Let so many processes share the prototypes of both heads out, instead of a copy each; see docs/scale.md."""
     accumulate: int = 1
     """Cut a process' part of the batch into so many micro-batches: less memory, the same step."""
     compile: bool = False
@@ -87,6 +89,7 @@ class Options:
 def main(options: Options) -> None:
     """Run the command line, from recipe to exported backbone, in one process or as one of torchrun's."""
     lowest = {"max_steps": 1, "images_per_epoch": 1, "log_every": 1, "collapse_window": 0, "num_workers": 0}
+    lowest |= {"prototype_parallel": 1}
     for name, low in lowest.items():
         if (value := getattr(options, name)) is not None and value < low:
             raise ValueError(f"`{name}` (={value}) must be at least {low}")
@@ -117,6 +120,7 @@ def train(recipe: Recipe, options: Options) -> None:
     parallelize(
         method,
         strategy=options.strategy,
+        prototype_parallel=options.prototype_parallel,
         bfloat16=bfloat16,
         compile_blocks=options.compile,
         activation_checkpointing=options.activation_checkpointing,
@@ -148,6 +152,7 @@ def train(recipe: Recipe, options: Options) -> None:
     del state
     if is_main():
         processes = f", {world_size()} processes, {options.strategy}" if world_size() > 1 else ""
+        processes += f", prototypes in {options.prototype_parallel} parts" if options.prototype_parallel > 1 else ""
         done = f"{session.step} of {last_step} steps done"
         print(f"{recipe.name}: {len(images)} images, {done}, training on {device()}{processes}")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._checks import positive
 from ._distributed import is_sharded
 from ._first_outputs import FirstOutputs, check_order
+from ._shards import Shards, place_of, shards_of
 from .head import PrototypeHead, find_heads
 from .prototypes import PrototypeLayer
 
@@ -80,7 +81,8 @@ class AttachedHeads:
         (of_student, of_teacher), self._first = self._first, None
         models, self.pair = pair.models, pair._replace(models=())
         try:
-            if "features" in pair.outputs and any(map(_is_sharded, models)):
+            whole = not self.layer_of(pair.student).cut_over_ranks
+            if "features" in pair.outputs and whole and any(map(_is_sharded, models)):
                 raise RuntimeError(
                     "the prototypes were whole at `attach` and are sharded now: call `attach(student, teacher)` after "
                     "fully_shard, so that a fused loss gets them through the forward of the model"
@@ -132,6 +134,7 @@ class AttachedHeads:
                     f"`{self.layer}.num_prototypes` of the {whose}'s head (={found}) must be the loss's "
                     f"(={self.num_prototypes})"
                 )
+        self.shards(pair)
         if teacher.normalizer != student.normalizer:
             raise ValueError(
                 f"`normalizer` of the teacher's head (={teacher.normalizer!r}) must be the student's "
@@ -151,6 +154,32 @@ class AttachedHeads:
         for head, output in zip((student, teacher), outputs, strict=True):
             if head.is_attached and head.output != output:
                 head.attach_output(output)  # raises
+
+    def shards(self, pair: HeadPair) -> Shards | None:
+        """How the prototypes are cut over ranks, None where they are not; raise unless the loss can serve them so."""
+        student, teacher = self.layer_of(pair.student), self.layer_of(pair.teacher)
+        if student.cut_over_ranks != teacher.cut_over_ranks:
+            cut, whole = ("student", "teacher") if student.cut_over_ranks else ("teacher", "student")
+            raise ValueError(
+                f"the prototypes of the {whole} must be cut over the ranks as those of the {cut} are: call "
+                "`shard_prototypes` for both"
+            )
+        if not student.cut_over_ranks:
+            return None
+        if not self.fused:
+            raise ValueError(
+                "`fused` (=False) must be True for prototypes that are cut over ranks: no rank has all logits of a row"
+            )
+        places = [place_of(x) for layer in (student, teacher) for x in layer.parameters()]
+        if any(place != places[0] for place in places):
+            raise ValueError(
+                "the prototypes of student and teacher must be cut in the same way, but their parameters are placed as "
+                f"{places}. If FSDP2 has cut them once more, pass `ignored_params=set(prototype_parameters(model))` to "
+                "fully_shard"
+            )
+        shards = shards_of(next(student.parameters()), "the prototypes")
+        assert shards is not None
+        return shards
 
 
 def _find(model: nn.Module, name: str, head: str | None) -> PrototypeHead:
@@ -187,6 +216,8 @@ def _fused_output(model: nn.Module, head: PrototypeHead) -> str:
     With plain features the loss reads the prototypes from the head, outside the model's forward. FSDP2 gives such a
     read silently wrong gradients, and DistributedDataParallel(find_unused_parameters=True) counts them as unused.
     """
+    if head.last_layer.cut_over_ranks:  # which no wrapper knows of
+        return "features"
     finds_unused = any(getattr(module, "find_unused_parameters", False) for module in model.modules())
     return "prototypes" if finds_unused or _has_shards(head) or _is_sharded(model) else "features"
 

@@ -10,6 +10,9 @@ and a chunk of rows gives what the loss and every gradient need of it in a few p
     teacher rows: targets T, T W (p numbers a row instead of K) and T' Z, Z the weighted sum of the rows they target
 
 Crops that share a target share its products; the statistics for centring come from the same teacher logits.
+All of this is sums over k. Where the prototypes are cut over ranks, each rank sums over its own, for the rows of all of
+them. Its softmax is one over a part, which a `share` per row corrects: exp(logsumexp of the part - that of all). An
+exchange (_shards.py) adds up what belongs to rows; what belongs to prototypes stays where it is.
 W may be given as directions and scales; then no product needs W itself (`WeightNormed`). The functions at the end do
 the elementwise work between the products, from products to probabilities, in no memory but the given buffers.
 """
@@ -17,6 +20,7 @@ the elementwise work between the products, from products to probabilities, in no
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +32,7 @@ from . import _memory
 from ._compiled import is_plain_eager
 from ._matmul import average, mm_float32
 from ._once import once_differentiable
+from ._shards import Exchange
 from .prototypes import HeadOutput
 
 Wanted = tuple[bool, bool, bool, bool]  # of the gradients of features, directions, scales and bias
@@ -46,19 +51,22 @@ class Distillation:
     weights: Tensor | None
     chunk_rows: int
     product_dtype: torch.dtype | None
+    students: Exchange  # of student rows with the ranks that hold the other prototypes
+    teachers: Exchange
 
 
 class ChunkedCrossEntropy(Function):
     """(loss, log_sum) of student features (Ns, p), directions (K, p), scales (K,) and bias (K,).
 
-    `wanted` says which of their gradients to make, in the forward pass.
+    `wanted` says which of their gradients to make, in the forward pass. Where the prototypes are cut over ranks, v, the
+    scales, b and log_sum are of this rank's, and their gradients those of the mean of the losses of these ranks.
     """
 
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, v: Tensor, scales: Tensor | None, b: Tensor | None, d: Distillation, wanted: Wanted
     ) -> tuple[Tensor, Tensor]:
-        total = _Accumulator(y, v, wanted)
+        total = _Accumulator(v, wanted)
         w = WeightNormed(v, scales, d.product_dtype)
         teacher = WeightNormed(d.teacher.directions, d.teacher.scales, d.product_dtype)
         loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, b, d, teacher, total).sum()
@@ -66,6 +74,7 @@ class ChunkedCrossEntropy(Function):
         # With what backward passes have multiplied the gradients by so far.
         ctx.save_for_backward(total.dy, dv, dscales, total.db, torch.ones_like(loss))
         ctx.mark_non_differentiable(total.log_sum)
+        ctx.exchange = d.students
         return loss, total.log_sum
 
     @staticmethod
@@ -76,6 +85,7 @@ class ChunkedCrossEntropy(Function):
     )
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, scale = ctx.saved_tensors
+        grad = ctx.exchange.checked_equal(grad)
         if getattr(ctx, "are_handed_out", False) or not is_plain_eager(grad) or _is_batched(grad):
             factor = grad / scale
             return *(g if g is None else g * factor for g in gradients), None, None
@@ -105,11 +115,16 @@ def _is_batched(grad: Tensor) -> bool:
 class _Accumulator:
     """The sums that chunks add to: gradients where `wanted`, and the teacher's statistics."""
 
-    def __init__(self, y: Tensor, v: Tensor, wanted: Wanted) -> None:
-        self.dy = torch.zeros_like(y) if wanted[0] else None
+    def __init__(self, v: Tensor, wanted: Wanted) -> None:
+        self.wants_dy = wanted[0]
+        self.dy: Tensor | None = None
         self.dw = torch.zeros_like(v) if wanted[1] or wanted[2] else None
         self.db = v.new_zeros(len(v)) if wanted[3] else None
         self.log_sum = v.new_full((len(v),), -torch.inf)
+
+    def begin_rows(self, y: Tensor) -> None:
+        """Of the rows y that come now, of all ranks, the gradients are to be summed."""
+        self.dy = torch.zeros_like(y) if self.wants_dy else None
 
 
 class WeightNormed:
@@ -182,33 +197,44 @@ def _any_position(
     )
     tau, nt = d.student_temperature, len(d.teacher.features)
     row_weight = weights.sum(dim=1)  # (Ns,)
-    student_chunks, teacher_chunks = _chunks(len(y), d.chunk_rows), _chunks(nt, d.chunk_rows // 2)
-    buffer = _buffer(max(_most_rows(student_chunks), 2 * _most_rows(teacher_chunks)), w.v)
-
-    losses = torch.empty_like(row_weight)
-    for chunk in student_chunks:
-        p, log_sum = _predictions_(w.products(y[chunk] / tau, buffer), w.late_factor, b)
-        losses[chunk] = row_weight[chunk] * log_sum.squeeze(1)
-        _add_gradients(total, chunk, p, y[chunk], w, row_weight[chunk], tau, probabilities=True)
-
     # What teacher row j sums over the student rows that it is a target of: their weights and their weighted features.
     target_weight = weights.new_zeros(nt).index_add_(0, index.flatten(), weights.flatten())
     target_features = y.new_zeros(nt, y.shape[1])
     for m in range(index.shape[1]):
         target_features.index_add_(0, index[:, m], weights[:, m : m + 1] * y)
 
-    mean_prototype = torch.empty_like(target_features)  # T W
-    mean_bias = y.new_zeros(nt)  # T b
+    all_y, all_row_weight = d.students.gather(y), d.students.gather(row_weight)
+    all_z, all_target_weight = d.teachers.gather(d.teacher.features), d.teachers.gather(target_weight)
+    all_target_features = d.teachers.gather(target_features)
+    buffers = 2 if d.teachers.ranks == 1 else 3  # of the teacher
+    student_chunks, teacher_chunks = _chunks(len(all_y), d.chunk_rows), _chunks(len(all_z), d.chunk_rows // buffers)
+    buffer = _buffer(max(_most_rows(student_chunks), buffers * _most_rows(teacher_chunks)), w.v)
+
+    total.begin_rows(all_y)
+    log_sums = torch.empty_like(all_row_weight)
+    for chunk in student_chunks:
+        p, part = _predictions_(w.products(all_y[chunk] / tau, buffer), w.late_factor, b)
+        log_sums[chunk] = d.students.logsumexp(part)
+        share = _share(d.students, part, log_sums[chunk])
+        _add_gradients(total, d.students, chunk, p, all_y[chunk], w, all_row_weight[chunk], share, tau, peaks=True)
+    losses = row_weight * d.students.own(log_sums)
+    if total.dy is not None:
+        total.dy = d.students.sum_own(total.dy)
+
+    mean_prototype = torch.empty_like(all_target_features)  # T W
+    mean_bias = y.new_zeros(len(all_z))  # T b
     for chunk in teacher_chunks:
-        targets = _teacher_targets(d, teacher, chunk, total, *buffer.chunk(2))
+        targets, share = _teacher_targets(d, teacher, all_z[chunk], total, buffer.chunk(buffers))
         if b is not None:
-            mean_bias[chunk] = targets @ b
+            mean_bias[chunk] = _times(targets @ b, share)
         if total.db is not None:
-            total.db.sub_(target_weight[chunk] @ targets)
+            total.db.sub_(_times(all_target_weight[chunk], share) @ targets, alpha=1 / d.students.ranks)
         peaks = _take_peaks_(targets) if w.dtype is not None else None
         if total.dw is not None:
-            _add_average(total.dw, targets, target_features[chunk] / -tau, w.dtype, peaks)
-        mean_prototype[chunk] = w.average_(targets, peaks)
+            features = _times(all_target_features[chunk], share) / (-tau * d.students.ranks)
+            _add_average(total.dw, targets, features, w.dtype, peaks)
+        mean_prototype[chunk] = _times(w.average_(targets, peaks), share)
+    mean_prototype, mean_bias = d.teachers.sum_own(mean_prototype), d.teachers.sum_own(mean_bias)
 
     scaled = w.rounded(y / tau)  # as in the products that the logsumexp is made of, or the difference would keep it
     for m in range(index.shape[1]):
@@ -223,55 +249,86 @@ def _same_position(
     y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator
 ) -> Tensor:
     """The weighted losses (Ns,). Four products per row: two for the logits, and P - T with prototypes and features."""
-    tau = d.student_temperature
+    tau, exchange = d.student_temperature, d.students
     row_weight = y.new_ones(len(y)) if d.weights is None else d.weights[:, 0].to(y.dtype)
+    y, z, row_weight = exchange.gather(y), exchange.gather(d.teacher.features), exchange.gather(row_weight)
     chunks = _chunks(len(y), d.chunk_rows // 3)
     first, second, third = _buffer(3 * _most_rows(chunks), w.v).chunk(3)
+    total.begin_rows(y)
     losses = torch.empty_like(row_weight)
     for chunk in chunks:
-        targets = _teacher_targets(d, teacher, chunk, total, first, second)
+        targets, share = _teacher_targets(d, teacher, z[chunk], total, (first, second, third))
+        if share is not None:
+            targets.mul_(share[:, None])
         products = w.products(y[chunk] / tau, first)
-        difference, cross_entropy = _differences_(products, w.late_factor, b, targets, third[: len(targets)])
+        difference, cross_entropy = _differences_(products, w.late_factor, b, targets, third[: len(targets)], exchange)
         losses[chunk] = row_weight[chunk] * cross_entropy
-        _add_gradients(total, chunk, difference, y[chunk], w, row_weight[chunk], tau, probabilities=False)
-    return losses
+        _add_gradients(total, exchange, chunk, difference, y[chunk], w, row_weight[chunk], None, tau, peaks=False)
+    if total.dy is not None:
+        total.dy = exchange.sum_own(total.dy)
+    return exchange.sum_own(losses)
 
 
 def _add_gradients(
     total: _Accumulator,
+    exchange: Exchange,
     chunk: slice,
     p: Tensor,
     y: Tensor,
     w: WeightNormed,
     weight: Tensor,
+    share: Tensor | None,
     tau: float,
     *,
-    probabilities: bool,
+    peaks: bool,
 ) -> None:
-    """Add what logit gradients weight_i p_ik of one chunk contribute; p (c, K) is overwritten.
+    """Add what logit gradients weight_i share_i p_ik of one chunk contribute; p (c, K) is overwritten.
 
-    The weights scale the features (c, p) instead of the probabilities (c, K), of which there are more.
-    `probabilities` says that the targets are still to be subtracted from p.
+    Weights and shares scale the features (c, p) instead of the probabilities (c, K), of which there are more. `peaks`:
+    p are probabilities whose targets are still to be subtracted, so that their peaks are kept from rounding.
     """
+    weight = _times(weight, share)
     scale = weight[:, None] / tau
     if total.db is not None:
-        total.db.add_(weight @ p)
-    peaks = _take_peaks_(p) if probabilities and w.dtype is not None else None
+        total.db.add_(weight @ p, alpha=1 / exchange.ranks)
+    taken = _take_peaks_(p) if peaks and w.dtype is not None else None
     if total.dw is not None:
-        _add_average(total.dw, p, scale * y, w.dtype, peaks)
+        _add_average(total.dw, p, scale / exchange.ranks * y, w.dtype, taken)
     if total.dy is not None:
-        total.dy[chunk] += scale * w.average_(p, peaks)
+        total.dy[chunk] += scale * w.average_(p, taken)
 
 
 def _teacher_targets(
-    d: Distillation, teacher: WeightNormed, chunk: slice, total: _Accumulator, scratch: Tensor, result: Tensor
-) -> Tensor:
-    """The teacher's probabilities (c, K), Eq. 7, in `result`; on the way, the chunk's share of the statistics."""
-    y = d.teacher.features[chunk]
-    products, result = teacher.products(y / d.teacher_temperature, scratch), result[: len(y)]
-    logits, log_sum = _statistics_(products, teacher.late_factor, d.statistics_bias, result)
-    total.log_sum = torch.logaddexp(total.log_sum, log_sum)
-    return _targets_(logits, d.target_bias, result)
+    d: Distillation, teacher: WeightNormed, z: Tensor, total: _Accumulator, buffers: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """The teacher's probabilities (c, K), Eq. 7, of the rows z (c, p), in the second buffer, and their share; on the
+    way, these rows' part of the statistics. The third buffer is used only where the prototypes are cut over ranks."""
+    products, result = teacher.products(z / d.teacher_temperature, buffers[0]), buffers[1][: len(z)]
+    if d.teachers.ranks == 1:
+        logits, log_p = _log_softmax_(products, teacher.late_factor, d.statistics_bias, result)
+        total.log_sum = torch.logaddexp(total.log_sum, _log_sum_(log_p))
+        return _targets_(logits, d.target_bias, result), None
+    logits, log_p = _log_softmax_(products, teacher.late_factor, d.statistics_bias, buffers[2][: len(z)])
+    of_statistics = logits.amax(dim=1) - log_p.amax(dim=1)  # the logsumexp
+    if d.target_bias is not None:
+        logits.add_(d.target_bias)
+    targets = _targets_(logits, None, result)
+    of_targets = logits.amax(dim=1) - targets.amax(dim=1).log()
+    parts = torch.stack([of_statistics, of_targets])
+    wholes = d.teachers.logsumexp(parts)
+    log_p.add_((parts[0] - wholes[0])[:, None])
+    total.log_sum = torch.logaddexp(total.log_sum, _log_sum_(log_p))
+    return targets, _share(d.teachers, parts[1], wholes[1])
+
+
+def _share(exchange: Exchange, part: Tensor, whole: Tensor) -> Tensor | None:
+    """How much of a row's probability (c,) is with this rank's prototypes, from two logsumexps; None for all of it."""
+    return None if exchange.ranks == 1 else (part - whole).exp()
+
+
+def _times(x: Tensor, share: Tensor | None) -> Tensor:
+    """x (c,) or (c, p), times the share (c,) of its rows."""
+    return x if share is None else x * share.view(-1, *[1] * (x.dim() - 1))
 
 
 class _Peaks(NamedTuple):
@@ -320,22 +377,26 @@ def _most_rows(chunks: list[slice]) -> int:
 
 
 def _predictions_(products: Tensor, factor: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(softmax, logsumexp) of the logits products * factor + bias: (c, K), which overwrites `products`, and (c, 1)."""
+    """(softmax, logsumexp) of the logits products * factor + bias: (c, K), which overwrites `products`, and (c,)."""
     logits = _affine_(products, factor, bias)
     largest = logits.amax(dim=1, keepdim=True)
     p = logits.sub_(largest).exp_()  # by hand, because a softmax would need memory of its own
     total = p.sum(dim=1, keepdim=True)
-    return p.div_(total), largest + total.log()
+    return p.div_(total), (largest + total.log()).squeeze(1)
 
 
-def _statistics_(
-    products: Tensor, factor: Tensor | None, bias: Tensor | None, scratch: Tensor
+def _log_softmax_(
+    products: Tensor, factor: Tensor | None, bias: Tensor | None, result: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(logits, log_sum): (c, K), which overwrite `products`, and the log of their summed probabilities (K,)."""
+    """(logits, log-probabilities) (c, K): the former overwrite `products`, the latter are in `result`."""
     logits = _affine_(products, factor, bias)
-    log_p = torch.log_softmax(logits, dim=1, out=scratch)
+    return logits, torch.log_softmax(logits, dim=1, out=result)
+
+
+def _log_sum_(log_p: Tensor) -> Tensor:
+    """The log of the summed probabilities (K,) of log-probabilities (c, K), which are overwritten."""
     largest = log_p.amax(dim=0)  # a sum of probabilities would underflow where no row of the chunk chooses k
-    return logits, log_p.sub_(largest).exp_().sum(dim=0).log_().add_(largest)
+    return log_p.sub_(largest).exp_().sum(dim=0).log_().add_(largest)
 
 
 def _targets_(logits: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
@@ -347,11 +408,13 @@ def _targets_(logits: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
 
 
 def _differences_(
-    products: Tensor, factor: Tensor | None, bias: Tensor | None, targets: Tensor, result: Tensor
+    products: Tensor, factor: Tensor | None, bias: Tensor | None, targets: Tensor, result: Tensor, exchange: Exchange
 ) -> tuple[Tensor, Tensor]:
     """(softmax - targets, cross-entropy towards the targets) of the logits: (c, K) in `result` and (c,)."""
-    logits = _affine_(products, factor, bias)
-    log_p = torch.log_softmax(logits, dim=1, out=result)
+    logits, log_p = _log_softmax_(products, factor, bias, result)
+    if exchange.ranks > 1:
+        part = logits.amax(dim=1) - log_p.amax(dim=1)  # the logsumexp
+        log_p.add_((part - exchange.logsumexp(part))[:, None])
     cross_entropy = torch.mul(targets, log_p, out=logits).sum(dim=1).neg_()
     return log_p.exp_().sub_(targets), cross_entropy
 

@@ -22,6 +22,19 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") or hasattr(tensor, "_fsdp_flattened")
 
 
+def cut_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, as a DTensor that is cut as `parameter` is. Nothing is sent.
+
+    What is a DTensor already, or of another shape, is returned as it is.
+    """
+    if hasattr(value, "placements") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
 def whole(tensor: Tensor, name: str, rows: int | None = None) -> Tensor:
     """`tensor` with all its `rows` rows; where FSDP2 shards it they are gathered, so every rank must call.
 

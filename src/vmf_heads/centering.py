@@ -15,7 +15,8 @@ from ._checks import at_least, one_of, positive
 from ._distributed import all_reduce_sum_
 from ._matmul import at_least_float32, linear_float32
 from ._memory import rows_per_chunk
-from .prototypes import HeadOutput
+from ._shards import Exchange, Shards, exchanges, shards_of
+from .prototypes import HeadOutput, local_prototypes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -186,14 +187,17 @@ class ProbabilityCentering(_RunningCenter):
             bias = log_normalizer
         if isinstance(scores, Tensor):
             self._check_columns("scores", scores)
-        log_sum, count = torch.full_like(self.log_center, -torch.inf), 0
-        for chunk in _score_chunks(scores):
+        shards = shards_of(scores.directions, "scores.directions") if isinstance(scores, HeadOutput) else None
+        rows = _as_rows(scores.features if isinstance(scores, HeadOutput) else scores)
+        (exchange,) = exchanges(shards, rows)
+        columns = slice(None) if shards is None else shards.columns
+        log_sum = torch.full_like(self.log_center[columns], -torch.inf)
+        for chunk in _score_chunks(scores, shards, exchange):
             logits = at_least_float32(chunk) / temperature
-            log_probabilities = torch.log_softmax(logits if bias is None else logits.add_(bias), dim=1)
+            log_probabilities = exchange.log_softmax(logits if bias is None else logits.add_(bias[columns]))
             log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_probabilities, dim=0))
-            count += len(chunk)
         self.convert_logit_center_(temperature)
-        self.accumulate_log_sum_(log_sum, count)
+        self.accumulate_log_sum_(log_sum if shards is None else shards.spread(log_sum, -torch.inf), len(rows))
 
     @torch.no_grad()
     def accumulate_log_sum_(self, log_sum: Tensor, rows: int) -> None:
@@ -392,12 +396,17 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
-def _score_chunks(scores: Tensor | HeadOutput) -> Iterator[Tensor]:
-    """The scores (rows, K), few rows at a time: scores, logits and log-probabilities stay within the memory budget."""
+def _score_chunks(scores: Tensor | HeadOutput, shards: Shards | None, exchange: Exchange) -> Iterator[Tensor]:
+    """The scores (rows, K), few rows at a time: scores, logits and log-probabilities stay within the memory budget.
+
+    Where the prototypes are cut over ranks: the rows of all of these, with this rank's prototypes.
+    """
     if isinstance(scores, Tensor):
         yield from _as_rows(scores).split(rows_per_chunk(scores.shape[-1], scores.device, buffers=3))
         return
-    prototypes = scores.prototypes
-    rows = rows_per_chunk(len(prototypes), prototypes.device, buffers=4)
-    for features in _as_rows(scores.features).split(rows):
+    prototypes = local_prototypes(scores).prototypes
+    columns = len(prototypes) if shards is None else shards.most  # so that all ranks have as many chunks
+    for features in exchange.gather(_as_rows(scores.features)).split(
+        rows_per_chunk(columns, prototypes.device, buffers=4)
+    ):
         yield linear_float32(features, prototypes)

@@ -9,6 +9,7 @@ from ._checks import at_least, constant, one_of
 from ._chunked import ChunkedCrossEntropy, Distillation
 from ._matmul import autocast_dtype, without_autocast
 from ._memory import rows_per_chunk
+from ._shards import exchanges, local_rows, place_of, shards_of
 from ._unit_rows import unit_rows
 from .centering import CENTER_ON, teacher_targets
 from .head import NORMALIZERS
@@ -47,6 +48,12 @@ def prototype_cross_entropy(
     With scales, prototypes are weight-normalised, w_k = g_k v_k / ||v_k||, and the only (K, p) tensors are v and its
     gradient: w and the gradient of w are never made.
 
+    Where directions and scales are DTensors, each rank's the rows of its own prototypes (`vmf_heads.parallel`), every
+    rank calls with its own student and teacher rows and gets the loss and the gradients of its own features. The
+    gradients of the prototypes are DTensors, too, those of the mean of the losses over all ranks of the mesh, as
+    DistributedDataParallel makes them for other parameters. Rows of features are sent, and a few numbers for each,
+    but nothing with K columns.
+
     In the words of `torch.nn.functional.linear_cross_entropy` (torch >= 2.13), `student.features` is `input`, the
     student's prototypes over the temperature are `linear_weight`, log C_p is `linear_bias`, and t, which is never held
     either, is a `target` of probabilities; `batch_chunk_size` is the option of that name, and `reduction` is "sum".
@@ -70,12 +77,15 @@ def prototype_cross_entropy(
         (loss, log_sum, rows): the loss in float32 (float64 for float64 tensors), and the teacher's statistics for
             `ProbabilityCentering.accumulate_log_sum_`: log sum_b softmax_k (K,) over its `rows` rows. Under CUDA
             autocast the operands of the products are rounded to the autocast dtype and accumulated in float32; logits,
-            softmax and loss are float32.
+            softmax and loss are float32. Of prototypes that are cut over ranks, log_sum is over the rows of all of
+            these, and -inf for the prototypes of other ranks: what is right is the sum of the probabilities and of
+            `rows` over the ranks, which the centre forms.
 
     Raises:
         ValueError, TypeError: an argument is out of range, a shape does not fit, features are no unit vectors, or
             weights or a temperature require grad; the message names it.
-        RuntimeError: a gradient was taken with create_graph=True. There is no second derivative.
+        RuntimeError: a gradient was taken with create_graph=True. There is no second derivative. Or ranks that share
+            prototypes out multiplied their losses by different numbers before the backward pass.
 
     Reference: Govindarajan et al., ICLR 2023, Eq. 6, 7 and 9. The algebra: docs/loss.md.
 
@@ -116,13 +126,17 @@ def prototype_cross_entropy(
         teacher_rows, weights = teacher_rows[:, :0], None if weights is None else weights[:, :0]
     dtype = _common_dtype(student, teacher)
     total, dim = student.directions.shape
+    shards = shards_of(student.directions, "student.directions")
     if batch_chunk_size is None:
-        batch_chunk_size = rows_per_chunk(total, student.features.device)
+        # On every rank the same number, so that all have as many chunks.
+        batch_chunk_size = rows_per_chunk(total if shards is None else shards.most, student.features.device)
     else:
         at_least("batch_chunk_size", batch_chunk_size, 1)
 
-    student = HeadOutput(*(None if x is None else x.to(dtype) for x in student))  # type: ignore[arg-type]
-    teacher = HeadOutput(*(None if x is None else x.detach().to(dtype) for x in teacher))  # type: ignore[arg-type]
+    student = HeadOutput(*(None if x is None else local_rows(x).to(dtype) for x in student))  # type: ignore[arg-type]
+    teacher = HeadOutput(*(None if x is None else local_rows(x.detach()).to(dtype) for x in teacher))  # type: ignore[arg-type]
+    if shards is not None and log_center is not None:
+        log_center = log_center[shards.columns]
     bias = log_normalizer = None
     if normalizer == "vmf":
         # Together, because that is one kernel instead of two.
@@ -134,6 +148,7 @@ def prototype_cross_entropy(
     # Read here: inside an autograd.Function grad mode is always off.
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     averages_log_c = center_on == "responsibilities"
+    students, teachers = exchanges(shards, student.features, teacher.features)
     distillation = Distillation(
         teacher=teacher,
         teacher_temperature=teacher_temperature,
@@ -144,9 +159,13 @@ def prototype_cross_entropy(
         weights=weights,
         chunk_rows=batch_chunk_size,
         product_dtype=autocast_dtype(student.features.device),
+        students=students,
+        teachers=teachers,
     )
     with without_autocast(student.features.device):
         loss, log_sum = ChunkedCrossEntropy.apply(*inputs, distillation, wanted)
+    if shards is not None:
+        log_sum = shards.spread(log_sum, -torch.inf)
     return loss, log_sum, len(teacher.features)
 
 
@@ -255,6 +274,12 @@ def _check_shapes(
             f"`student.directions` (={tuple(shape)})"
         )
     total, p = shape
+    place = place_of(student.directions)
+    for name, x in (*_named("student", student), *_named("teacher", teacher)):
+        if place_of(x) != place:
+            raise ValueError(
+                f"`{name}` (placed: {place_of(x)}) must be cut over ranks as `student.directions` is (placed: {place})"
+            )
     for name, features in (("student.features", student.features), ("teacher.features", teacher.features)):
         if features.dim() != 2 or features.shape[1] != p:
             raise ValueError(
@@ -284,6 +309,12 @@ def _check_shapes(
         raise ValueError(
             f"`weights` (of shape {tuple(weights.shape)}) must have the shape of `teacher_rows` (={expected})"
         )
+
+
+def _named(side: str, output: HeadOutput) -> list[tuple[str, Tensor]]:
+    """The prototypes' tensors, with the names that errors call them by."""
+    tensors = {"directions": output.directions, "scales": output.scales}
+    return [(f"{side}.{name}", tensor) for name, tensor in tensors.items() if tensor is not None]
 
 
 def _common_dtype(student: HeadOutput, teacher: HeadOutput) -> torch.dtype:

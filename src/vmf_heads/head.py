@@ -106,12 +106,13 @@ class PrototypeHead(nn.Module):
         scores = prototypes(features, exact=self.float32_scores)
         if self.output == "scores" or self.normalizer == "none":
             return scores
+        norms = prototypes.gathered_norms() if prototypes.cut_over_ranks else prototypes.norms
         if temperature is None:
             if not (self.is_attached or self.SERVES_STOCK_LOSSES or torch.compiler.is_compiling()):
-                self._unattached.notice(self.training, scores, self.temperature, lambda: prototypes.norms)
+                self._unattached.notice(self.training, scores, self.temperature, lambda: norms)
             temperature = self.temperature
         tau = positive("temperature", temperature)
-        return scores + tau * self.log_normalizer(tau, prototypes.norms)
+        return scores + tau * self.log_normalizer(tau, norms)
 
     def log_normalizer(self, temperature: float, norms: Tensor | None = None) -> Tensor:
         """log C_p(||w_k|| / temperature) - log C_p(1 / temperature) (K,), zeros for normalizer="none".
@@ -119,7 +120,8 @@ class PrototypeHead(nn.Module):
         `norms` (K,) replaces the norms of `last_layer`. Outside of a forward pass `last_layer.gathered_norms()`, which
         are whole under FSDP2, too.
         """
-        norms = self.last_layer.norms if norms is None else norms
+        if norms is None:
+            norms = self.last_layer.gathered_norms() if self.last_layer.cut_over_ranks else self.last_layer.norms
         if self.normalizer == "none":
             return torch.zeros_like(norms)
         return prototype_log_normalizer(norms, self.bottleneck_dim, temperature)

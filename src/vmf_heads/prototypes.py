@@ -11,8 +11,9 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils import _pytree
 
-from ._distributed import whole
+from ._distributed import all_reduce_sum_, cut_like, whole
 from ._matmul import at_least_float32, linear_float32, without_autocast
+from ._shards import RowExchange, exchanges, local_rows, shards_of, to_own_rows
 from .special import log_vmf_normalizer
 
 __all__ = ["HeadOutput", "LinearPrototypes", "PrototypeLayer", "Prototypes", "prototype_log_normalizer", "weight_norm"]
@@ -29,6 +30,9 @@ class HeadOutput(NamedTuple):
         features: y (..., p), unit vectors.
         directions: v (K, p), of any length; with `scales` None they are the prototypes w themselves.
         scales: g (K,), of either sign, with w_k = g_k v_k / ||v_k||; or None.
+
+    Directions and scales may be DTensors that are cut along K (`vmf_heads.parallel`). Scores and their sum then take
+    all ranks that share the prototypes out, each with rows of its own, and have no gradient.
 
     >>> import torch
     >>> from vmf_heads import HeadOutput
@@ -53,13 +57,31 @@ class HeadOutput(NamedTuple):
 
     def scores(self, *, exact: bool = False) -> Tensor:
         """<w_k, y> (..., K) in float32, rounded under CUDA autocast as in the head unless `exact`."""
-        return linear_float32(self.features, self.prototypes, exact=exact)
+        shards = shards_of(self.directions, "directions")
+        if shards is None:
+            return linear_float32(self.features, self.prototypes, exact=exact)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self):
+            raise RuntimeError(
+                "scores of prototypes that are cut over ranks have no gradient: train with `prototype_cross_entropy`, "
+                "or with fused=True in a loss that has it; or ask for the scores under torch.no_grad()"
+            )
+        rows = self.features.flatten(0, -2)
+        (exchange,) = exchanges(shards, rows)
+        assert isinstance(exchange, RowExchange)
+        scores = linear_float32(exchange.gather(rows), local_prototypes(self).prototypes, exact=exact)
+        return to_own_rows(scores, exchange).unflatten(0, self.features.shape[:-1])
 
     def score_sum(self) -> Tensor:
-        """The sum of <w_k, y> over all rows (K,), in float32 or more. Scores are linear in y, so w is not made."""
-        rows = at_least_float32(self.features).flatten(0, -2)
+        """The sum of <w_k, y> over all rows (K,), in float32 or more. Scores are linear in y, so w is not made.
+
+        Of prototypes that are cut over ranks it is over the rows of all of these, and 0 for those of other ranks.
+        """
+        total = at_least_float32(self.features).flatten(0, -2).sum(dim=0)
+        if (shards := shards_of(self.directions, "directions")) is not None:
+            all_reduce_sum_(total, shards.group)
+            return shards.spread(local_prototypes(self)._replace(features=total[None]).score_sum(), 0)
         directions = at_least_float32(self.directions)
-        total = linear_float32(rows.sum(dim=0), directions, exact=True)
+        total = linear_float32(total, directions, exact=True)
         if self.scales is None:
             return total
         return total * at_least_float32(self.scales) / torch.linalg.vector_norm(directions, dim=1)
@@ -69,6 +91,12 @@ class HeadOutput(NamedTuple):
 # inputs with weights_only=True. The first is not public in torch, but the only way for named tuples.
 _pytree._register_namedtuple(HeadOutput, serialized_type_name="vmf_heads.HeadOutput")
 torch.serialization.add_safe_globals([HeadOutput])
+
+
+def local_prototypes(output: HeadOutput) -> HeadOutput:
+    """Of prototypes that are cut over ranks those of this rank, with gradient; others as they are."""
+    scales = None if output.scales is None else local_rows(output.scales)
+    return HeadOutput(output.features, local_rows(output.directions), scales)
 
 
 def norms_of(output: HeadOutput) -> Tensor:
@@ -95,6 +123,8 @@ class Prototypes(nn.Module):
 
     Shape: (..., p) to (..., K), in float32.
     """
+
+    cut_over_ranks = False  # see `vmf_heads.parallel`
 
     def __init__(self, dim: int, num_prototypes: int, *, freeze_norms: bool = False) -> None:
         super().__init__()
@@ -148,8 +178,10 @@ class Prototypes(nn.Module):
         """Scores <w_k, y> (..., K) of unit features (..., p), in float32.
 
         Under CUDA autocast the operands are rounded to the autocast dtype and the product accumulates in float32,
-        unless `exact`; elsewhere nothing is rounded.
+        unless `exact`; elsewhere nothing is rounded. Prototypes that are cut over ranks give scores without gradient.
         """
+        if self.cut_over_ranks:
+            return self.with_features(features).scores(exact=exact)
         return linear_float32(features, self.weight, exact=exact)
 
     def extra_repr(self) -> str:
@@ -167,6 +199,9 @@ class Prototypes(nn.Module):
             state_dict[prefix + "weight_g"] = norm
             # A prototype that is 0 needs some direction: 0 / 0 would make every output NaN.
             state_dict[prefix + "weight_v"] = torch.where(norm > 0, weight, 1)
+        for name in ("weight_g", "weight_v"):
+            if self.cut_over_ranks and prefix + name in state_dict:
+                state_dict[prefix + name] = cut_like(getattr(self, name), state_dict[prefix + name])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -179,6 +214,8 @@ class LinearPrototypes(nn.Linear):
 
     Shape: (..., p) to (..., K), in float32.
     """
+
+    cut_over_ranks = False  # see `vmf_heads.parallel`
 
     def __init__(self, dim: int, num_prototypes: int) -> None:
         super().__init__(dim, num_prototypes, bias=False)
@@ -209,12 +246,20 @@ class LinearPrototypes(nn.Linear):
         """Whether the norms learn."""
         return self.weight.requires_grad
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.cut_over_ranks and prefix + "weight" in state_dict:
+            state_dict[prefix + "weight"] = cut_like(self.weight, state_dict[prefix + "weight"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, features: Tensor, *, exact: bool = False) -> Tensor:
         """Scores <w_k, y> (..., K) of unit features (..., p), in float32.
 
         Operands are rounded to half precision, and their product is accumulated in float32, where the weight is in half
-        precision itself, as FSDP's mixed precision has it, and under CUDA autocast unless `exact`.
+        precision itself, as FSDP's mixed precision has it, and under CUDA autocast unless `exact`. Prototypes that are
+        cut over ranks give scores without gradient.
         """
+        if self.cut_over_ranks:
+            return self.with_features(features).scores(exact=exact)
         return linear_float32(features, self.weight, exact=exact)
 
 
@@ -223,6 +268,11 @@ PrototypeLayer = Prototypes | LinearPrototypes
 
 def weight_norm(directions: Tensor, scales: Tensor) -> Tensor:
     """The prototypes w_k = scale_k v_k / ||v_k|| (K, p) of directions v (K, p) and scales (K,), in float32 or more."""
+    if hasattr(directions, "placements"):
+        raise RuntimeError(
+            "the prototypes are cut over ranks, so that no rank has them all: `last_layer.gathered()` gathers them, "
+            "and every rank must call it"
+        )
     v, g = at_least_float32(directions), at_least_float32(scales)[:, None]
     if torch._C._are_functorch_transforms_active():
         return v * (g / torch.linalg.vector_norm(v, dim=1, keepdim=True))

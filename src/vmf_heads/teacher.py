@@ -15,6 +15,7 @@ from ._attached import AttachedHeads, HeadPair
 from ._checks import at_least, positive
 from ._matmul import without_autocast
 from ._state_names import RenamedState
+from ._target_summary import TargetSummary, summarize_targets
 from .centering import Centering, ProbabilityCentering, make_centering, teacher_targets
 from .cross_entropy import prototype_cross_entropy
 from .head import PrototypeHead
@@ -23,7 +24,7 @@ from .prototypes import HeadOutput, PrototypeLayer
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["TeacherSide", "TeacherTargets"]
+__all__ = ["TargetSummary", "TeacherSide", "TeacherTargets"]
 
 
 class TeacherTargets(RenamedState):
@@ -141,7 +142,10 @@ class TeacherTargets(RenamedState):
 
     def find_heads(self, student: nn.Module, teacher: nn.Module, head: str | None = None) -> HeadPair:
         """The first half of `attach`: find the heads, raise if they cannot serve, change nothing."""
-        return self._heads.find(student, teacher, head)
+        pair = self._heads.find(student, teacher, head)
+        if (shards := self._heads.shards(pair)) is not None:
+            shards.check_centre_of(self.centering.process_group)
+        return pair
 
     def take_heads(self, pair: HeadPair) -> None:
         """The second half of `attach`: set the temperature, and what the heads return."""
@@ -274,6 +278,17 @@ class TeacherSide:
             self.temperature,
             log_normalizer=self.log_normalizer,
             log_center=self.centering.offset(self.temperature),
+        )
+
+    @torch.no_grad()
+    def summary(self, teacher: Tensor | HeadOutput) -> TargetSummary:
+        """Entropies and use of the targets; unlike `targets` it sends none where prototypes are cut over ranks."""
+        return summarize_targets(
+            teacher,
+            self.temperature,
+            self.log_normalizer,
+            self.centering.offset(self.temperature),
+            exact=self.head.float32_scores,
         )
 
     def accumulate_(self, teacher: Tensor | HeadOutput) -> None:

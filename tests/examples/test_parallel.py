@@ -49,13 +49,21 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "ibot": ("photos_ibot_vmf", {"ibot.patch_out_dim": 31}),
     "msn": ("photos_msn_vmf", {}),
 }
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {"strategy": "fsdp2"},
+    "ddp, prototypes": {"prototype_parallel": 2},
+    "fsdp2, prototypes": {"strategy": "fsdp2", "prototype_parallel": 2},
+}
 CASES = [
     (name, strategy, accumulate)
     for name, strategy, accumulate in product(RECIPES, STRATEGIES, (1, 2))
     if (name, accumulate) != ("msn", 2)  # me-max is of a whole batch, by design
+    and not ("prototypes" in strategy and name in ("msn", "dino, unfused"))  # they need all logits of a row
+    and (strategy, accumulate) != ("ddp, prototypes", 2)  # which the other strategy tests
 ]
-SWITCHES = [STRATEGIES, STRATEGIES[::-1]]
+SWITCHES = [("ddp", "fsdp2, prototypes"), ("fsdp2", "ddp, prototypes"), ("fsdp2, prototypes", "ddp")]
+SWITCHES += [("ddp, prototypes", "fsdp2")]
 
 
 def tiny_recipe(name: str, **more: Any) -> Recipe:
@@ -113,23 +121,25 @@ def of_rank(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {
         "signals": [mean_statistics([{"loss": float(rank)}], signal=15 * rank)[1]],
         "uneven": message(micro_batch_size, tiny_recipe("dino", batch_size=6), 2),
+        "three": message(parallelize, build_method(tiny_recipe("dino")), prototype_parallel=3),
+        "logits": message(parallelize, build_method(tiny_recipe("dino, unfused")), prototype_parallel=2),
         "batch norm": message(parallelize, build_method(tiny_recipe("dino", use_bn_in_head=True))),
     }
     for name, strategy, accumulate in CASES:
         results[f"{name} {strategy} {accumulate}"] = Training(
-            tiny_recipe(name), strategy=strategy, accumulate=accumulate
+            tiny_recipe(name), **STRATEGIES[strategy], accumulate=accumulate
         ).run()
     for before, after in SWITCHES:
-        began = Training(tiny_recipe("dino"), strategy=before)
+        began = Training(tiny_recipe("dino"), **STRATEGIES[before])
         state = [began.run([0, 1])]
         dist.broadcast_object_list(state)
         left = copy.deepcopy(state[0])  # training goes on with the very tensors
-        resumed = Training(tiny_recipe("dino"), strategy=after)
+        resumed = Training(tiny_recipe("dino"), **STRATEGIES[after])
         restore_state(resumed.method, resumed.optimizer, state[0])
         results[f"{before} to {after}"] = resumed.run([2])
         results[f"{before} left"] = left
-    for strategy in STRATEGIES:
-        half = Training(tiny_recipe("dino"), strategy=strategy, dtype=torch.float32, bfloat16=True)
+    for strategy, how in STRATEGIES.items():
+        half = Training(tiny_recipe("dino"), **how, dtype=torch.float32, bfloat16=True)
         results[f"bfloat16 {strategy}"] = half.run()["steps"]
     both = Training(tiny_recipe("dino"), strategy="fsdp2", activation_checkpointing=True)
     results["fsdp2, activation checkpointing"] = both.run()
@@ -176,7 +186,7 @@ def test_a_strategy_continues_from_another(before: str, after: str, ranks: Any, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", sorted({before for before, _ in SWITCHES}))
 def test_one_process_continues_from_two(strategy: str, ranks: Any, alone: Any) -> None:
     resumed = Training(tiny_recipe("dino"))
     restore_state(resumed.method, resumed.optimizer, ranks[0][f"{strategy} left"])
@@ -185,11 +195,12 @@ def test_one_process_continues_from_two(strategy: str, ranks: Any, alone: Any) -
 
 
 @pytest.mark.slow
-def test_fsdp2_in_bfloat16_rounds_as_ddp_does(ranks: Any) -> None:
-    first, *later = zip(ranks[0]["bfloat16 ddp"], ranks[0]["bfloat16 fsdp2"], strict=True)
+@pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if strategy != "ddp"])
+def test_every_strategy_rounds_as_ddp_does_in_bfloat16(strategy: str, ranks: Any) -> None:
+    first, *later = zip(ranks[0]["bfloat16 ddp"], ranks[0][f"bfloat16 {strategy}"], strict=True)
     torch.testing.assert_close(first[0], first[1], rtol=1e-5, atol=1e-6)
-    for ddp, fsdp2 in later:  # after updates from gradients that were summed in another order
-        torch.testing.assert_close(ddp["loss"], fsdp2["loss"], rtol=5e-3, atol=0)
+    for ddp, other in later:  # after updates from gradients that were summed in another order
+        torch.testing.assert_close(ddp["loss"], other["loss"], rtol=5e-3, atol=0)
 
 
 @pytest.mark.slow
@@ -206,6 +217,8 @@ def test_a_signal_to_one_process_reaches_all(ranks: Any) -> None:
 def test_what_several_processes_cannot_do_is_named(ranks: Any) -> None:
     for result in ranks:
         assert result["uneven"] == "`batch_size` (=6) must be a multiple of 4: 2 processes x `accumulate` (=2)"
+        assert result["three"].startswith("`prototype_parallel` (=3) must divide the number of processes (=2)")
+        assert result["logits"].startswith("`prototype_parallel` (=2) needs a loss without logits")
         assert result["batch norm"].startswith("`use_bn_in_head` (=True) must be False in 2 processes without GPUs")
 
 

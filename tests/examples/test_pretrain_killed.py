@@ -106,7 +106,7 @@ def test_one_rank_is_told_to_stop_and_one_process_continues(tmp_path: Path) -> N
     (script := tmp_path / "told_to_stop.py").write_text(SECOND_RANK_IS_TOLD_TO_STOP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     command += ["--recipe", "photos_dino_vmf", "--output", str(output), "--strategy", "fsdp2"]
-    command += ["--tensorboard", "--collapse-window", "0", "--set", *TINY]
+    command += ["--prototype-parallel", "2", "--tensorboard", "--collapse-window", "0", "--set", *TINY]
     stopped = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert stopped.returncode != 0, stopped.stderr  # so that a batch system does not think it finished
     assert f"exitcode  : {128 + signal.SIGTERM} " in stopped.stderr

@@ -89,7 +89,7 @@ class IBOT(Method):
         student_output, student_local = student_output
         masks = self._masks(batch, epoch)
         sample = (sample_rows(teacher_output[0]), sample_rows(teacher_output[1]))
-        targets, patch_targets = self.loss.targets(sample, epoch)  # before the loss, which moves the centres
+        targets, patch_targets = self.loss.target_summary(sample, epoch)  # before the loss, which moves the centres
         losses = self.loss(student_output, teacher_output, student_local, masks, epoch, commit=commit)
         cls, patch = losses["cls"].detach(), losses["patch"].detach()
         statistics: Statistics = {

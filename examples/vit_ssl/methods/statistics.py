@@ -6,23 +6,27 @@ import torch
 from torch import Tensor
 
 from vmf_heads.centering import Centering
+from vmf_heads.teacher import TargetSummary
 
 KAPPA_QUANTILES = {"kappa_min": 0.0, "kappa_p05": 0.05, "kappa_p50": 0.5, "kappa_p95": 0.95, "kappa_max": 1.0}
 
 
-def target_statistics(targets: Tensor, loss: Tensor) -> dict[str, Tensor]:
+def target_statistics(targets: Tensor | TargetSummary, loss: Tensor) -> dict[str, Tensor]:
     """Return the entropies in nats of the teacher's targets (N, K), whose cross-entropy with the student is `loss`.
 
+    A loss may hand over a summary of the targets instead of them.
     `target_entropy` is their mean entropy (ln K: every target is uniform), `marginal_entropy` that of their mean (0:
     all images share one prototype), `kl` = loss - target_entropy the mean KL(target || student). A run that learns has
     a target entropy well below its marginal entropy; in a collapsed one they are equal. `prototypes_used` is the
     number of prototypes that are the largest of some target.
     """
-    target_entropy = torch.special.entr(targets).sum(-1).mean()
-    marginal_entropy = torch.special.entr(targets.mean(0)).sum()
-    used = torch.zeros_like(targets[0]).scatter_(0, targets.argmax(-1), 1).sum()
-    entropies = {"target_entropy": target_entropy, "marginal_entropy": marginal_entropy, "kl": loss - target_entropy}
-    return entropies | {"prototypes_used": used}
+    targets = targets if isinstance(targets, TargetSummary) else TargetSummary.of(targets)
+    return {
+        "target_entropy": targets.entropy,
+        "marginal_entropy": targets.marginal_entropy,
+        "kl": loss - targets.entropy,
+        "prototypes_used": targets.used,
+    }
 
 
 def kappa_statistics(kappa: Tensor) -> dict[str, Tensor]:

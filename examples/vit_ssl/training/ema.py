@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from runtime.distributed import world_size
 
 
 @torch.no_grad()
@@ -30,3 +34,11 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 def local(tensor: Tensor) -> Tensor:
     """Return this process' part of a tensor that FSDP2 has cut, any other as it is. Changes in place reach it."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def copies(tensor: Tensor) -> int:
+    """Return how many processes hold the same as this one of a tensor, whether FSDP2 or something else has cut it."""
+    if not hasattr(tensor, "placements"):
+        return world_size()
+    mesh = tensor.device_mesh
+    return world_size() // math.prod(mesh.size(dim) for dim, where in enumerate(tensor.placements) if where.is_shard())

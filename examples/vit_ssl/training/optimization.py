@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.ema import local
+from training.ema import copies, local
 from vmf_heads.optim import separate_norms
 
 
@@ -40,15 +40,16 @@ def clip_gradients(
     """Clip the gradient norm of each parameter on its own, as DINO does, or that of the network as one, as MSN does.
 
     In the second case the prototypes neither count nor are clipped: MSN keeps them beside its network. `largest` 0
-    clips nothing. Returns the norm of all gradients before clipping. Under FSDP2, where each process holds a part of
-    every gradient, norms are those of whole gradients.
+    clips nothing. Returns the norm of all gradients before clipping. Where a process holds a part of a gradient, under
+    FSDP2 or of prototypes that are shared out, norms are those of whole gradients.
     """
     named = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
     gradients = list(named.values())
     parts = [local(gradient) for gradient in gradients]
     norms = torch.stack([part.norm() for part in parts])
     if any(part is not gradient for part, gradient in zip(parts, gradients, strict=True)):
-        squares = norms.square()  # the parts are disjoint: their squares add up
+        # Different parts are disjoint: their squares add up, but for those that several processes have alike.
+        squares = norms.square() / norms.new_tensor([copies(gradient) for gradient in gradients])
         dist.all_reduce(squares)
         norms = squares.sqrt()
     total = norms.norm()

@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from methods.method import Method
 from runtime.distributed import device, world_size
+from training.ema import local
+from vmf_heads.parallel import prototype_parameters, shard_prototypes
 
 Strategy = Literal["ddp", "fsdp2"]
 
@@ -22,6 +24,7 @@ def parallelize(
     method: Method,
     *,
     strategy: Strategy = "ddp",
+    prototype_parallel: int = 1,
     bfloat16: bool = False,
     compile_blocks: bool = False,
     activation_checkpointing: bool = False,
@@ -35,15 +38,21 @@ def parallelize(
       of both backbones, the head and the rest are gathered when they are needed. With `bfloat16` the attention and MLP
       of a block are gathered in bfloat16 and their gradients summed in float32. All else stays float32, as everything
       does under DDP: autocast chooses the dtype of an operation under both, and would round the same operands.
+    - `prototype_parallel`: so many processes at a time share the prototypes of both heads out, under either strategy; a
+      process holds its part of them, and computes its part of everybody's logits. What is left of `strategy` is for
+      everything else. See `vmf_heads.parallel`.
     - `compile_blocks`: torch.compile of every transformer block.
     - `activation_checkpointing`: the student's blocks are computed again in the backward pass instead of remembered.
 
-    Raises ValueError for FSDP2 without torchrun, and for BatchNorm heads in several processes without GPUs.
+    Raises ValueError for FSDP2 without torchrun, for BatchNorm heads in several processes without GPUs, and for a
+    `prototype_parallel` that does not divide the number of processes or whose loss is not fused.
     """
     if strategy == "fsdp2" and not dist.is_initialized():
         raise ValueError("`strategy` (='fsdp2') needs torchrun, for one process too: torchrun --nproc-per-node 1 ...")
     if world_size() > 1:
         _share_batch_statistics(method)
+    if prototype_parallel > 1:
+        _share_prototypes(method, prototype_parallel)
     if activation_checkpointing:
         method.student.backbone.activation_checkpointing_enable({"use_reentrant": False})
     if compile_blocks:
@@ -90,9 +99,27 @@ def _shard(network: nn.Module, bfloat16: bool) -> None:
             fully_shard([block.attention, block.mlp], mesh=mesh, mp_policy=half)
         else:
             fully_shard(block, mesh=mesh)
-    fully_shard(network.head, mesh=mesh)
+    ignored = {parameter for parameter in prototype_parameters(network) if local(parameter) is not parameter}
+    fully_shard(network.head, mesh=mesh, ignored_params=ignored)
     # Also after a forward, which is all that the teacher does: the EMA averages shards.
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+
+
+def _share_prototypes(method: Method, parts: int) -> None:
+    copies, left_over = divmod(world_size(), parts)
+    if left_over:
+        raise ValueError(
+            f"`prototype_parallel` (={parts}) must divide the number of processes (={world_size()}), which torchrun "
+            "starts"
+        )
+    if not method.recipe.fused_loss:
+        raise ValueError(f"`prototype_parallel` (={parts}) needs a loss without logits: --set fused_loss=true")
+    # Imported here, because a run in one process starts sooner without.
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device().type, (parts,) if copies == 1 else (copies, parts))
+    for network in (method.student, method.teacher):
+        shard_prototypes(network, mesh)
 
 
 def _share_batch_statistics(method: Method) -> None:

@@ -25,7 +25,7 @@ from .._matmul import at_least_float32
 from ..cross_entropy import dino_pairs
 from ..head import VMFPrototypeHead
 from ..prototypes import HeadOutput
-from ..teacher import TeacherSide, TeacherTargets, features_of, with_prototypes
+from ..teacher import TargetSummary, TeacherSide, TeacherTargets, features_of, with_prototypes
 from ._attached import AttachedLoss, check_not_empty
 from ._temperature import temperature_at, temperature_schedule
 
@@ -158,6 +158,12 @@ class DINOLoss(AttachedLoss):
         """The teacher's probabilities P_t (N, K) for any N rows of its output, Eq. 7; the centre stays as it is."""
         teacher, side = self._read(teacher_output, epoch)
         return side.targets(teacher)
+
+    @torch.no_grad()
+    def target_summary(self, teacher_output: Tensor | HeadOutput, epoch: int) -> TargetSummary:
+        """Entropies and use of what `targets` returns, for a log; the centre stays as it is."""
+        teacher, side = self._read(teacher_output, epoch)
+        return side.summary(teacher)
 
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor | HeadOutput, epoch: int, *, commit: bool = True) -> None:

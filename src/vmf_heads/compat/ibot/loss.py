@@ -12,7 +12,7 @@ from ..._checks import at_least
 from ..._matmul import at_least_float32
 from ...centering import Centering, check_momentum
 from ...cross_entropy import dino_pairs
-from ...teacher import TeacherSide, TeacherTargets, features_of, with_prototypes
+from ...teacher import TargetSummary, TeacherSide, TeacherTargets, features_of, with_prototypes
 from .._attached import AttachedLoss, check_not_empty
 from .._temperature import temperature_at, temperature_schedule
 from .tokens import Output, Tokens, check_shapes
@@ -211,6 +211,12 @@ class iBOTLoss(AttachedLoss):
         are."""
         teacher, cls, patch = self._read(Tokens(*teacher_output), epoch)
         return cls.targets(teacher.cls), patch.targets(teacher.patch)
+
+    @torch.no_grad()
+    def target_summary(self, teacher_output: tuple[Output, Output], epoch: int) -> tuple[TargetSummary, TargetSummary]:
+        """Entropies and use of what `targets` returns, of [CLS] and patches; the centres stay as they are."""
+        teacher, cls, patch = self._read(Tokens(*teacher_output), epoch)
+        return cls.summary(teacher.cls), patch.summary(teacher.patch)
 
     @torch.no_grad()
     def update_center(self, teacher_cls: Output, teacher_patch: Output, epoch: int, *, commit: bool = True) -> None:
