@@ -18,6 +18,7 @@ from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.photos import photos
+from benchmarks.rank_faults import rank_faults
 from benchmarks.step import step
 
 COMMANDS = {
@@ -33,6 +34,7 @@ COMMANDS = {
     "concentration": concentration,
     "mixture-fit": mixture_fit,
     "faults": faults,
+    "rank-faults": rank_faults,
 }
 
 if __name__ == "__main__":

@@ -29,7 +29,11 @@ from training.collapse import TrainingCollapsed
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory (CUDA out of memory. Tried)"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "DataLoader worker (pid 7) is killed by signal: Killed.  Often the memory ran out",
+            "DataLoader worker (pid 7) is killed by signal: Killed. Often the memory ran out",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+            "DataLoader worker (pid(s) 7) exited unexpectedly. Often the memory ran out",
         ),
         (RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.1]:1"), "another process of this command ended"),
         (TypeError("a defect"), None),

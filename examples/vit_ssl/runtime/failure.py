@@ -27,7 +27,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         return f"not enough memory ({first}): use smaller batches, or more micro-batches (--accumulate) of pretrain.py"
     if isinstance(error, RuntimeError) and _LOADER_DIED.search(text):
-        return f"{first} Often the memory ran out: use fewer --num-workers; pretrain.py continues with --resume"
+        ended = first.rstrip(" .")
+        return f"{ended}. Often the memory ran out: use fewer --num-workers; pretrain.py continues with --resume"
     if isinstance(error, RuntimeError) and _OTHER_PROCESS_LEFT.search(text):
         return "another process of this command ended: what it said, or else what torchrun says of it, is the cause"
     if isinstance(error, OSError) and error.strerror:
