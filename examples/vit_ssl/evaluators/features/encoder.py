@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from evaluators.features.position_embeddings import interpolate_as_dino
 from evaluators.features.public_checkpoints import open_public_checkpoint
+from storage.checksums import CHECKSUMS, check_checksums
 from storage.torch_file import UnreadableFile
 from training.checkpoint_file import CHECKPOINT
 
@@ -150,6 +151,8 @@ def _side(size: int | list[int] | tuple[int, int]) -> int:
 
 
 def _open_auto_model(source: str) -> PreTrainedModel:
+    if (Path(source) / CHECKSUMS).is_file():  # pretrain.py wrote it; safetensors has no checksums of its own
+        check_checksums(Path(source))
     try:
         config = AutoConfig.from_pretrained(source)
         # A ViT saved without its pooler, which no protocol uses, would get a random one.
