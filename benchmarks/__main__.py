@@ -13,6 +13,7 @@ from benchmarks.concentration import concentration
 from benchmarks.evidence import evidence
 from benchmarks.fashion import fashion, fashion_stability
 from benchmarks.faults import faults
+from benchmarks.fuzz.command import fuzz
 from benchmarks.loss import loss
 from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
@@ -35,6 +36,7 @@ COMMANDS = {
     "mixture-fit": mixture_fit,
     "faults": faults,
     "rank-faults": rank_faults,
+    "fuzz": fuzz,
 }
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def broken_promises(fault: str, ending: Ending) -> list[str]:
         "explained": f"pretrain.py: error: {CAUSE}",
         "defect": f"TypeError: {CAUSE}",
         "killed": "another process of this command ended",  # the one that was killed says nothing
-        "loader killed": "pretrain.py: error: DataLoader worker",
+        "loader killed": "Often the memory ran out: use fewer --num-workers",
     }[fault]
     if expected not in ending.first_error:
         broken.append(f"the first error is {ending.first_error!r}, not {expected!r}")
