@@ -76,7 +76,9 @@ def examples_of_rank(rank: int) -> list[int]:
     """[examples that were equal, those in which a rank had no row of the student]."""
     alone = [dist.new_group([number]) for number in range(2)][rank]
     examples: list[tuple[dict[str, Any], tuple[int, int]]] = []
-    same(given(shared_problems())(lambda example: examples.append(example)))()  # drawn first: hypothesis may call a function again as it likes
+    same(
+        given(shared_problems())(lambda example: examples.append(example))
+    )()  # drawn first: hypothesis may call a function again as it likes
     empty = 0
     for arguments, first in examples:
         want = results(arguments, arguments, alone)

@@ -112,7 +112,9 @@ def _work(
     os.chdir(folder)
     outside, mark = folder / "outside", folder / "executed"
     watch = Watch(folder, outside)
-    whole = fingerprint(loader.read(_copy(template, folder, "whole"), paths[0])) if loader.checked else None
+    copy = _copy(template, folder, "whole")
+    valid = loader.read(copy, copy / paths[0].relative_to(template))  # or what is wrong is not the damage
+    whole = fingerprint(valid) if loader.checked else None
     hostile = HOSTILE.get(loader.name, ())
     with log.open("a") as file, (folder / "log").open("a") as said:
         os.dup2(said.fileno(), 1)
