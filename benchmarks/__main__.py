@@ -13,11 +13,13 @@ from benchmarks.concentration import concentration
 from benchmarks.evidence import evidence
 from benchmarks.fashion import fashion, fashion_stability
 from benchmarks.faults import faults
+from benchmarks.fuzz.command import fuzz
 from benchmarks.loss import loss
 from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.photos import photos
+from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
 from benchmarks.step import step
 
@@ -35,6 +37,8 @@ COMMANDS = {
     "mixture-fit": mixture_fit,
     "faults": faults,
     "scale": scale,
+    "rank-faults": rank_faults,
+    "fuzz": fuzz,
 }
 
 if __name__ == "__main__":

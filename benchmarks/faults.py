@@ -228,10 +228,10 @@ def state_of(run: Path) -> dict[str, Any]:
             state[name] = f"line {whole.index(None) + 1} is damaged"
         state["rows"] = [row for row in whole if row is not None]
     if (run / "backbone").exists():
-        from transformers import AutoModel
+        from evaluators.features.encoder import open_encoder
 
         try:
-            AutoModel.from_pretrained(run / "backbone")
+            open_encoder(run / "backbone")
         except Exception as error:
             state["backbone"] = repr(error)
     try:

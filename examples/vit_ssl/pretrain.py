@@ -30,6 +30,7 @@ from data.unreadable import print_unreadable
 from methods.method import Batch, Method, Statistics
 from methods.registry import build_method
 from runtime.distributed import device, is_main, process_group, world_size
+from storage.checksums import write_checksums
 from storage.whole_file import whole_folder
 from training.collapse import CollapseDetector
 from training.ema import ema_update
@@ -239,6 +240,7 @@ def export(output: Path, push_to_hub: str | None = None) -> None:
     backbone.embeddings.mask_token = None  # iBOT's, which only pretraining needs
     with whole_folder(output / "backbone") as folder:
         backbone.save_pretrained(folder)
+        write_checksums(folder)
     print(f"the teacher's backbone is in {output / 'backbone'}")
     if push_to_hub is not None:
         backbone.push_to_hub(push_to_hub)

@@ -113,7 +113,9 @@ def test_the_checkpoint_before_the_last_is_kept_and_named_when_the_last_is_damag
     [
         ([1, 2], "is no checkpoint of pretrain.py: it holds a list; there is no checkpoint.previous.pt"),
         ({"teacher": {}}, "is no checkpoint of pretrain.py: it lacks recipe and step"),
-        ({"recipe": 3, "step": 0}, "is no checkpoint of pretrain.py of this version: "),
+        ({"recipe": 3, "step": 0}, "is no checkpoint of pretrain.py: its `recipe` must be a dict"),
+        ({"recipe": {}, "step": "7"}, r"is no checkpoint of pretrain.py: its `step` must be a number >= 0"),
+        ({"recipe": {}, "step": 7, "epoch": -1}, r"is no checkpoint of pretrain.py: its `epoch` must be a number >= 0"),
         ({"recipe": {"name": "x"}, "step": 0}, "is no checkpoint .*: missing fields method, dataset"),
         ({"recipe": {}, "step": 0, "method": {"a": 1}}, "its `method` must be a dict of tensors"),
     ],

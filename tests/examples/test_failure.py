@@ -1,6 +1,7 @@
 """What a command says about an error, and which errors keep their traceback."""
 
 import errno
+import multiprocessing.connection
 import os
 import signal
 from pathlib import Path
@@ -29,7 +30,11 @@ from training.collapse import TrainingCollapsed
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory (CUDA out of memory. Tried)"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "DataLoader worker (pid 7) is killed by signal: Killed.  Often the memory ran out",
+            "DataLoader worker (pid 7) is killed by signal: Killed. Often the memory ran out",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+            "DataLoader worker (pid(s) 7) exited unexpectedly. Often the memory ran out",
         ),
         (RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.1]:1"), "another process of this command ended"),
         (TypeError("a defect"), None),
@@ -72,6 +77,14 @@ def test_a_loader_process_that_was_killed_is_told() -> None:
     with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
         next(iter(torch.utils.data.DataLoader(Killed(), num_workers=1)))
     assert "Often the memory ran out: use fewer --num-workers" in (explain(caught.value) or "")
+
+
+def test_a_loader_process_that_was_killed_before_its_batch_was_taken_over_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No such file") as caught:
+        multiprocessing.connection.Client(str(tmp_path / "socket"))
+    assert (explain(caught.value) or "").startswith(
+        "a loader process ended ([Errno 2] No such file or directory). Often"
+    )
 
 
 def test_a_real_missing_file_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,21 @@ def test_features_that_were_cut_off_are_made_again(name, size, folder, tmp_path,
     assert "are damaged and made again" in capsys.readouterr().err
     file.unlink()
     assert np.array_equal(features_of(extraction)("val").x, first)
+
+
+@pytest.mark.parametrize("name", ["x.bin", "labels.npy", "description.json", "SHA256SUMS"])
+def test_features_with_a_flipped_bit_are_made_again(name, folder, tmp_path, capsys):
+    extraction = Extraction(tiny_encoder(), "folder", folder, 16, cache=tmp_path)
+    first = np.array(features_of(extraction)("val").x)
+    (file,) = tmp_path.glob(f"val-cls-*/{name}")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert np.array_equal(features_of(extraction)("val").x, first)
+    assert re.search(rf"are damaged and made again \(.*{name}", capsys.readouterr().err)
+    features_of(extraction)("val")
+    assert "made again" not in capsys.readouterr().err
 
 
 def test_images_that_were_replaced_have_other_features(tmp_path):

@@ -111,7 +111,7 @@ def test_the_length_of_an_epoch_is_described_or_given(parquet):
 
 def test_a_damaged_image_is_named():
     rows = datasets.Dataset.from_dict({"picture": [{"bytes": picture(1)[:30], "path": "half.png"}]})
-    images = HubImages(rows, "picture")
+    images = HubImages(rows, "picture", "set")
     with pytest.raises(OSError, match=r"cannot read image 0 \(half.png\)"):
         images[0]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from data.files import open_rgb, to_rgb
 from data.images import load_images
@@ -77,6 +77,21 @@ def test_what_is_transparent_is_white() -> None:
     palette.putpixel((1, 0), 1)
     for file in (as_file(black, "PNG"), as_file(black.convert("LA"), "PNG"), as_file(palette, "PNG", transparency=0)):
         assert np.asarray(open_rgb(file)).tolist() == [[[255] * 3, [0] * 3]]
+
+
+def test_images_of_phones_with_several_pictures_are_read() -> None:
+    red = Image.new("RGB", (8, 8), "red")
+    assert open_rgb(as_file(red, "MPO", save_all=True, append_images=[red])).getpixel((0, 0))[0] > 250
+
+
+def test_nothing_is_given_to_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a program was started"))
+    path = tmp_path / "image.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    with Image.open(path) as image:
+        assert image.format == "EPS"  # whatever the name says
+    with pytest.raises(OSError, match=r"cannot read the image '.*image.png': cannot identify image file"):
+        open_rgb(path)
 
 
 def test_an_image_stands_upright() -> None:

@@ -14,9 +14,11 @@ from transformers import AutoModel
 
 import pretrain
 from devices import DEVICES
+from evaluators.features.encoder import open_encoder
 from methods.backbone import cls_token
 from pretrain import Options
 from storage.lock import FolderInUse
+from storage.torch_file import UnreadableFile
 from training import session
 from training.collapse import TrainingCollapsed
 from training.log import METRICS
@@ -83,6 +85,19 @@ def test_the_exported_backbone_opens_with_automodel(tmp_path: Path) -> None:
         ours = cls_token(load_run(tmp_path).backbone, images)
         theirs = exported(images).last_hidden_state[:, 0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(open_encoder(tmp_path / "backbone").cls(images), ours, rtol=0, atol=0)
+
+
+def test_a_flipped_bit_in_the_exported_backbone_is_told(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=1)
+    for name in ("model.safetensors", "config.json", "SHA256SUMS"):
+        path = tmp_path / "backbone" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-40] + bytes([whole[-40] ^ 4]) + whole[-39:])  # of a weight in model.safetensors
+        with pytest.raises(UnreadableFile, match=rf"is damaged.*{name}|{name} is damaged"):
+            open_encoder(tmp_path / "backbone")
+        path.write_bytes(whole)
+    open_encoder(tmp_path / "backbone")
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from storage.checksums import check_checksums, write_checksums
 from storage.json_lines import append_rows, read_rows
 from storage.torch_file import UnreadableFile, read_torch_file
 from storage.whole_file import whole_file, whole_folder
@@ -121,6 +122,30 @@ def test_a_folder_is_whole_or_the_one_that_was_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a mistake"):
         fail()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["folder", "folder/second"]
+
+
+def test_every_flipped_bit_in_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(bytes(range(256)))
+    (tmp_path / "two").write_text("two")
+    write_checksums(tmp_path)
+    check_checksums(tmp_path)
+    for path in tmp_path.iterdir():
+        whole = path.read_bytes()
+        for place in range(0, len(whole), 3):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << place % 8
+            path.write_bytes(damaged)
+            with pytest.raises(UnreadableFile, match=rf"{path.name} is( damaged|$)|checksum in .*{path.name} is"):
+                check_checksums(tmp_path)
+        path.write_bytes(whole)
+    check_checksums(tmp_path)
+
+
+@pytest.mark.parametrize("listing", ["", "no checksum\n", f"{'0' * 64}  ../one\n", f"{'0' * 64}  /etc/passwd\n"])
+def test_a_list_of_checksums_names_files_of_its_folder_alone(listing: str, tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text(listing)
+    with pytest.raises(UnreadableFile, match=r"SHA256SUMS is damaged: it must hold a checksum and the name of a file"):
+        check_checksums(tmp_path)
 
 
 def test_a_line_that_was_cut_off_costs_that_line_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,8 @@ from config.yaml_file import read_yaml
             b"a: !!python/object/apply:os.system [ls]\nb: 1\n",
             r"file.yaml, line 1: no YAML \(could not determine ",
         ),
+        (b"a: &x [1]\nb: *x\n", r"file.yaml, line 2: no YAML \(the alias \*x is not read\)"),
+        (b"a: &x {y: 1}\nb:\n  <<: *x\n", r"file.yaml, line 3: no YAML \(the alias \*x is not read\)"),
         (b"a: 2026-13-45\n", r"file.yaml: no YAML \(month must be in 1..12"),
         (b"[" * 5000, r"file.yaml: no YAML \("),
         (b"? [1, 2]\n: 3\n", r"file.yaml.*(no YAML|must hold `field: value` lines)"),

@@ -197,8 +197,14 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
 
 
 def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Return the recipe with these settings; every field must be there, with a value of the field's type."""
-    return read_settings(Recipe, settings, source)
+    """Return the recipe with these settings; every field must be there, with a value of the field's type.
+
+    Raises ValueError, beginning with `source`, where that is not so.
+    """
+    try:
+        return read_settings(Recipe, settings)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -14,18 +14,18 @@ Ranges = tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...]
 """Each range is (names of fields, what is allowed in words, the test of a value)."""
 
 
-def read_settings(cls: type[S], values: Mapping[str, Any], source: str, section: str = "") -> S:
+def read_settings(cls: type[S], values: Mapping[Any, Any], section: str = "") -> S:
     """Return the dataclass `cls` with these values; every field must be there, with a value of the field's type.
 
-    Errors name the file or object `source`, and fields by their place: `section` is "" or ends in a dot.
+    Errors name fields by their place: `section` is "" or ends in a dot.
     """
     kinds = typing.get_type_hints(cls)
-    if unknown := sorted(values.keys() - kinds.keys()):
+    if unknown := sorted(str(name) for name in values.keys() - kinds.keys()):
         named = ", ".join(section + name for name in unknown)
-        raise ValueError(f"{source}: unknown fields {named}; the fields are {', '.join(kinds)}")
+        raise ValueError(f"unknown fields {named}; the fields are {', '.join(kinds)}")
     if missing := [section + name for name in kinds if name not in values]:
-        raise ValueError(f"{source}: missing fields {', '.join(missing)}")
-    return cls(**{name: _typed(section + name, values[name], kind, source) for name, kind in kinds.items()})
+        raise ValueError(f"missing fields {', '.join(missing)}")
+    return cls(**{name: _typed(section + name, values[name], kind) for name, kind in kinds.items()})
 
 
 def check_finite(settings: Any, section: str = "") -> None:
@@ -87,14 +87,14 @@ def flat(settings: Any, section: str = "") -> dict[str, Any]:
     return values
 
 
-def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
+def _typed(name: str, value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is types.UnionType:  # the annotation of a section is `Section | None`
         (section,) = [option for option in typing.get_args(kind) if option is not type(None)]
         if value is None or isinstance(value, section):
             return value
         if not isinstance(value, Mapping):
             raise ValueError(f"`{name}` (={value!r}) must be null or hold `field: value` lines")
-        return read_settings(section, value, source, f"{name}.")
+        return read_settings(section, value, f"{name}.")
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, typing.get_args(kind)))}")
@@ -103,7 +103,7 @@ def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
         kinds = typing.get_args(kind)
         if not isinstance(value, list | tuple) or len(value) != len(kinds):
             raise ValueError(f"`{name}` (={value!r}) must be {len(kinds)} numbers")
-        return tuple(_typed(name, item, inner, source) for item, inner in zip(value, kinds, strict=True))
+        return tuple(_typed(name, item, inner) for item, inner in zip(value, kinds, strict=True))
     if kind is float and not isinstance(value, bool):
         try:
             number = float(value)  # YAML reads 1e-3, without a dot, as text

@@ -1,4 +1,4 @@
-"""YAML whose mistakes are told with file and line, and in which no key stands twice."""
+"""YAML whose mistakes are told with file and line, in which no key stands twice and nothing stands for another."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ import yaml
 
 
 class _UniqueKeys(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Return the next node, as SafeLoader does, unless it stands for another one: so can a page hold gigabytes."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} is not read", event.start_mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Return the mapping of a node, as SafeLoader does, after a look for keys that stand there twice."""
         seen: set[str] = set()

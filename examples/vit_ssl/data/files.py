@@ -9,18 +9,23 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""PIL tells formats by content, and knows some that run programs: it gives PostScript to Ghostscript, by any name."""
+
 
 def open_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Return the image in the mode in which it was stored, read completely.
 
     Raises:
-        OSError: with `name`, by default the path, when the file is no image, truncated or otherwise damaged.
+        OSError: with `name`, by default the path, when the file is no image of `FORMATS`, truncated or damaged.
     """
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises for such files
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL has many kinds of errors for damaged files
         raise OSError(f"cannot read {name or f'the image {str(source)!r}'}: {error}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from runtime.distributed import is_main, on_main
 from storage.whole_file import whole_file
 
 INVENTORY = "images.txt.gz"
+_LARGEST = 10**9  # bytes of a list, which are enough for ten million images
 SIZES = 10_000
 """The sizes of so many files are compared, those of a larger set evenly spaced: asking for a size takes time."""
 
@@ -57,8 +59,11 @@ def read_inventory(output: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        text = gzip.decompress(path.read_bytes()).decode(errors="surrogateescape")
-    except (EOFError, gzip.BadGzipFile, gzip.zlib.error) as error:
+        unpacking = zlib.decompressobj(wbits=31)  # of gzip, with its checksum
+        text = unpacking.decompress(path.read_bytes(), _LARGEST).decode(errors="surrogateescape")
+        if not unpacking.eof or unpacking.unused_data:
+            raise zlib.error(f"its end is missing, or it is not one list of at most {_LARGEST:,} bytes")
+    except zlib.error as error:
         raise OSError(f"{path} is damaged ({error}): remove it to go on without a comparison of the images") from error
     return {name: size for name, _, size in (line.rpartition("\t") for line in text.split("\n") if line)}
 

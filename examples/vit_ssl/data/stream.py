@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.hub import content, decode, open_set
 from runtime.interruption import leave_process_group
+from storage.torch_file import UnreadableFile
 
 SHUFFLE_BUFFER = 1000
 """Each loader process draws its next image from so many undecoded ones; the order of the shards is shuffled, too."""
@@ -31,6 +32,7 @@ class ImageStream:
         import datasets
 
         rows, self.column, _ = open_set(name, split, streaming=True)
+        self.name = name
         self._rows = rows.select_columns(self.column).cast_column(self.column, datasets.Image(decode=False))
         described = (rows.info.splits or {}).get(rows.split)
         self._images = images or (described.num_examples if described else 0)
@@ -54,9 +56,12 @@ class ImageStream:
             mine = split_dataset_by_node(shuffled, rank=index, world_size=parts)
             # `iter` does not divide the images once more among loader processes, as plain iteration would.
             found = 0
-            for batch in mine.iter(batch_size=32):
-                found += len(batch[self.column])
-                yield from batch[self.column]
+            try:
+                for batch in mine.iter(batch_size=32):
+                    found += len(batch[self.column])
+                    yield from batch[self.column]
+            except Exception as error:  # of `datasets` and the many libraries behind it
+                raise UnreadableFile(f"the stream {self.name!r} cannot be read: {error}") from error
             if not found:
                 raise ValueError(f"part {index} of {parts} of the stream holds no image: use fewer loader processes")
 
@@ -95,17 +100,19 @@ class StreamedViews(IterableDataset):
         images = self.stream.part(self.rank * workers + part, self.world_size * workers, self.seed, self.epoch)
         done, all_of_them = (len(range(part, end, workers)) * self.batch_size for end in (self.first, self.last))
         for item in itertools.islice(images, done, all_of_them):
-            file = content(item)
+            file, image = _read(item, self.stream.name)
             digest = hashlib.blake2b(file, digest_size=16).hexdigest()
-            yield self.transform(_decode(file, item["path"]), random.Random(f"{self.seed},{self.epoch},{digest}"))
+            yield self.transform(image, random.Random(f"{self.seed},{self.epoch},{digest}"))
 
 
-def _decode(file: bytes, path: str | None) -> Image.Image:
+def _read(item: dict[str, Any] | None, name: str) -> tuple[bytes, Image.Image]:
+    file = b""
     try:
-        return decode(file, path or "an image without a name")
+        file = content(item, name)
+        return file, decode(file, (item and item["path"]) or "an image without a name")
     except OSError as error:
         warnings.warn(f"{error}; a grey image takes its place", stacklevel=2)
-        return Image.new("RGB", (256, 256), (124, 116, 104))
+        return file, Image.new("RGB", (256, 256), (124, 116, 104))
 
 
 def stream_batches(views: StreamedViews, num_workers: int) -> Iterable[Any]:

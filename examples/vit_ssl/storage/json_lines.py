@@ -38,6 +38,6 @@ def parsed(line: bytes | str) -> Row | None:
     """Return the row of a line; None for one that was cut off or is no JSON object."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or thousands of brackets
         return None
     return row if isinstance(row, dict) else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from config.recipe import recipe_from_dict
-from storage.torch_file import UnreadableFile, read_torch_file
+from storage.torch_file import UnreadableFile, is_stored, read_torch_file
 from storage.whole_file import to_disk, whole_file
 
 CHECKPOINT = "checkpoint.pt"
@@ -86,8 +86,15 @@ def _read(path: Path) -> dict[str, Any]:
     if missing := {"recipe", "step"} - state.keys():
         raise UnreadableFile(f"{foreign}: it lacks {' and '.join(sorted(missing))}")
     method = state.get("method", {})
+    if not isinstance(state["recipe"], dict):
+        raise UnreadableFile(f"{foreign}: its `recipe` must be a dict")
     if not isinstance(method, dict) or not all(isinstance(value, Tensor) for value in method.values()):
         raise UnreadableFile(f"{foreign}: its `method` must be a dict of tensors")
+    for name, kinds in {"step": int, "epoch": int, "images": int, "seconds": (int, float)}.items():
+        if name in state and (not isinstance(state[name], kinds) or state[name] < 0):
+            raise UnreadableFile(f"{foreign}: its `{name}` must be a number >= 0")
+    if wrong := [name for name, value in method.items() if not is_stored(value)]:
+        raise UnreadableFile(f"{foreign}: it does not hold all numbers of {wrong[0]}")
     if wrong := not_finite(method):
         raise UnreadableFile(f"{path} holds weights that are NaN or infinite ({wrong})")
     try:

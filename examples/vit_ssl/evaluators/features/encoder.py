@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from evaluators.features.position_embeddings import interpolate_as_dino
 from evaluators.features.public_checkpoints import open_public_checkpoint
+from storage.checksums import CHECKSUMS, check_checksums
 from storage.torch_file import UnreadableFile
 from training.checkpoint_file import CHECKPOINT
 
@@ -150,15 +149,17 @@ def _side(size: int | list[int] | tuple[int, int]) -> int:
 
 
 def _open_auto_model(source: str) -> PreTrainedModel:
+    if (Path(source) / CHECKSUMS).is_file():  # pretrain.py wrote it; safetensors has no checksums of its own
+        check_checksums(Path(source))
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         # A ViT saved without its pooler, which no protocol uses, would get a random one.
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
         model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except OSError as error:
         raise FileNotFoundError(f"cannot open `source` (={source!r}), expected {SOURCES}: {error}") from error
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UnreadableFile(f"a file of {source!r} is damaged: {error}") from error
+    except Exception as error:  # whatever files that somebody else made can make of transformers
+        raise UnreadableFile(f"a file of {source!r} is damaged or of no model that AutoModel opens: {error}") from error
     if missing := sorted(name for name in info["missing_keys"] if not name.endswith("mask_token")):
         raise ValueError(f"{source!r} lacks weights of {type(model).__name__}: {', '.join(missing)}")
     if wrong := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:

@@ -1,10 +1,9 @@
-"""Features on disk: FOLDER/{x.bin, labels.npy, description.json}, written whole or not at all, read memory-mapped."""
+"""Features on disk: FOLDER/{x.bin, labels.npy, description.json} with checksums, whole or absent, memory-mapped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -16,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from evaluators.protocol import Features
+from storage.checksums import check_checksums, write_checksums
+from storage.torch_file import UnreadableFile
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from data.images import Images
     from evaluators.features.extraction import Chunk
 
-VERSION = 2
+VERSION = 3
 """This number is raised whenever a change of the code makes the same settings give other features."""
 
 
@@ -47,20 +48,19 @@ def fingerprint(model: nn.Module | None, images: Images, settings: Mapping[str, 
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether the features in `folder` are there; what is damaged or cut off is removed, to be made again."""
+    """Return whether the features in `folder` are there; what is damaged or cut off is removed, to be made again.
+
+    Reads all of it once, for the checksums.
+    """
+    if not folder.is_dir():
+        return False
     try:
-        found, _ = load(folder)
-        shape, kind = found.x.shape, found.x.dtype
-        if (folder / "x.bin").stat().st_size == math.prod(shape) * kind.itemsize and len(found.labels) == len(found.x):
-            return True
-    except FileNotFoundError:
-        if not folder.is_dir():
-            return False
-    except (OSError, ValueError, LookupError, TypeError, EOFError):  # of JSON, NumPy and the memory map
-        pass
-    print(f"the features in {folder} are damaged and made again", file=sys.stderr)
-    shutil.rmtree(folder)
-    return False
+        check_checksums(folder)
+    except (UnreadableFile, FileNotFoundError) as error:
+        print(f"the features in {folder} are damaged and made again ({error})", file=sys.stderr)
+        shutil.rmtree(folder)
+        return False
+    return True
 
 
 def store(folder: Path, chunks: Iterable[Chunk], labels: np.ndarray, classes: list[str]) -> None:
@@ -85,6 +85,7 @@ def store(folder: Path, chunks: Iterable[Chunk], labels: np.ndarray, classes: li
         np.save(partial / "labels.npy", labels[np.concatenate(readable)])
         description = {"shape": shape, "dtype": kind, "classes": classes, "unreadable": errors}
         (partial / "description.json").write_text(json.dumps(description, indent=1))
+        write_checksums(partial)
         partial.rename(folder)
     except OSError:
         if not folder.is_dir():  # where it is, another process was faster

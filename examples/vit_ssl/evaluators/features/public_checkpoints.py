@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 from evaluators.features.position_embeddings import interpolate_as_dino
-from storage.torch_file import read_torch_file
+from storage.torch_file import is_stored, read_torch_file
 
 # Beside tensors, DINO's and iBOT's files hold the command line and, as learning rates, NumPy scalars. The function that
 # makes those has moved between NumPy 1 and 2. None of these runs code of the file.
@@ -47,9 +47,16 @@ def open_public_checkpoint(path: Path, *, key: str = "teacher", heads: int | Non
     content = _read(path)
     network = _network(content, key, path)
     weights = {name: value for name, value in network.items() if not name.startswith(_NOT_BACKBONE)}
-    depth = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1)
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if blocks != {str(number) for number in range(len(blocks))}:
+        raise ValueError(
+            f"the blocks in {str(path)!r} must be numbered from 0, without gaps: {', '.join(sorted(blocks))}"
+        )
     if unusable := [name for name in ("pos_embed", "patch_embed.proj.weight") if name not in weights]:
         raise ValueError(f"{str(path)!r} holds no vision transformer of DINO, iBOT or MSN: no {' and '.join(unusable)}")
+    ranks = {name: weights[name].ndim for name in ("pos_embed", "patch_embed.proj.weight")}
+    if ranks != {"pos_embed": 3, "patch_embed.proj.weight": 4} or not weights["pos_embed"].numel():
+        raise ValueError(f"{str(path)!r} holds no vision transformer of DINO, iBOT or MSN: {ranks} dimensions")
     dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
     if heads is None and dim not in _HEADS:
         raise ValueError(
@@ -60,12 +67,15 @@ def open_public_checkpoint(path: Path, *, key: str = "teacher", heads: int | Non
         image_size=side * patch_size,
         patch_size=patch_size,
         hidden_size=dim,
-        num_hidden_layers=depth,
+        num_hidden_layers=len(blocks),
         num_attention_heads=heads or _HEADS[dim],
         intermediate_size=len(weights.get("blocks.0.mlp.fc1.bias", range(4 * dim))),
         layer_norm_eps=1e-6,
     )
-    model = ViTModel(config, add_pooling_layer=False)
+    try:
+        model = ViTModel(config, add_pooling_layer=False)
+    except (ValueError, RuntimeError, ArithmeticError) as error:  # heads that do not divide the width, no patches, ...
+        raise ValueError(f"the shapes of the weights in {str(path)!r} are those of no ViT: {error}") from error
     if _ALIASES["teacher"] not in content:  # MSN interpolates as transformers does
         interpolate_as_dino(model)
     _load(model, to_transformers(weights), path)
@@ -127,9 +137,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _network(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Tensor]:
     names = (key, _ALIASES.get(key, key), "state_dict")
     network = next((content[name] for name in names if isinstance(content.get(name), Mapping)), content)
-    if not all(isinstance(value, Tensor) for value in network.values()):
-        found = ", ".join(sorted(name for name, value in content.items() if isinstance(value, Mapping))) or "none"
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in network.items()):
+        found = ", ".join(sorted(str(name) for name, value in content.items() if isinstance(value, Mapping))) or "none"
         raise ValueError(f"`key` (={key!r}) must be one of the state dicts in {str(path)!r}: {found}")
+    if wrong := [name for name, value in network.items() if not (is_stored(value) and value.is_floating_point())]:
+        raise ValueError(f"{str(path)!r} holds something else than floating-point weights: {', '.join(wrong[:5])}")
     return {_without_prefixes(name): value for name, value in network.items()}
 
 

@@ -56,12 +56,12 @@ def load_landmarks(data: Path, name: str) -> Landmarks:
         raise FileNotFoundError(f"`data` (={str(data)!r}) has no {missing.relative_to(data)}: {tree}")
     content = load_plain_pickle(path)
     try:
-        images = [folder / f"{image}.jpg" for image in content["imlist"]]
-        names = [folder / f"{image}.jpg" for image in content["qimlist"]]
+        images = [folder / _file_name(image) for image in content["imlist"]]
+        names = [folder / _file_name(image) for image in content["qimlist"]]
         queries = [_query(image, entry, len(images)) for image, entry in zip(names, content["gnd"], strict=True)]
         if not queries:
             raise ValueError("no query")
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # whatever a pickle that somebody made can hold in the place of lists and numbers
         raise ValueError(f"{str(path)!r} is no ground truth of revisited Oxford or Paris: {error!r}") from error
     present = {file.name for file in folder.iterdir()}
     if absent := [file.name for file in (*images, *names) if file.name not in present]:
@@ -73,10 +73,23 @@ def load_landmarks(data: Path, name: str) -> Landmarks:
 
 
 def _query(image: Path, entry: dict[str, Any], images: int) -> Query:
-    left, upper, right, lower = (float(edge) for edge in np.ravel(entry["bbx"]))
+    left, upper, right, lower = (float(edge) for edge in _numbers(entry["bbx"]))
     if not (-np.inf < left < right < np.inf and -np.inf < upper < lower < np.inf):
         raise ValueError(f"the box of {image.name} must be left < right, upper < lower, not {entry['bbx']}")
-    easy, hard, junk = (np.ravel(entry[key]) for key in ("easy", "hard", "junk"))
+    easy, hard, junk = (_numbers(entry[key]) for key in ("easy", "hard", "junk"))
     if not np.isin(np.concatenate([easy, hard, junk]), np.arange(images)).all():
         raise ValueError(f"{image.name} lists an image outside 0 ... {images - 1}")
     return Query(image, (left, upper, right, lower), *(numbers.astype(np.int64) for numbers in (easy, hard, junk)))
+
+
+def _file_name(image: Any) -> str:
+    if not isinstance(image, str) or Path(image).name != image or "\0" in image:
+        raise ValueError("the name of an image must be text without folders")
+    return f"{image}.jpg"
+
+
+def _numbers(values: Any) -> np.ndarray:
+    # Lists in lists are not unfolded: a short pickle can hold more of them than there is memory.
+    if isinstance(values, list | tuple) and any(isinstance(value, list | tuple | dict) for value in values):
+        raise ValueError("a list must hold numbers")
+    return np.ravel(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +42,12 @@ def load_davis(data: Path, image_set: str = "val") -> list[Video]:
     listing = data / "ImageSets" / "2017" / f"{image_set}.txt"
     if not listing.is_file():
         raise FileNotFoundError(f"`data` (={str(data)!r}) has no {listing.relative_to(data)}: {TREE}")
-    names = listing.read_text().split()
+    names = listing.read_text("utf-8", errors="replace").split()
     if not names:
         raise FileNotFoundError(f"{str(listing)!r} names no sequence: {TREE}")
     for name in names:  # masks are written to a folder of that name
-        if name in (".", "..") or Path(name).name != name:
-            raise ValueError(f"{str(listing)!r} must name folders of JPEGImages/480p, not {name!r}: {TREE}")
+        if not re.fullmatch(r"[\w.-]{1,200}", name) or not name.strip("."):
+            raise ValueError(f"{str(listing)!r} must name folders of JPEGImages/480p, not {name[:200]!r}: {TREE}")
     return [_video(data, name) for name in names]
 
 
