@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 8 examples/vit_ssl/pretrain.py --recipe ... --output ... --strategy fsdp2
 
 writes recipe.yaml, metrics.jsonl (a row per step), checkpoint.pt and, at the end, the teacher's backbone as a
-transformers model in backbone/. SIGTERM or Ctrl-C saves and stops; the same command with --resume continues at that
-very step, with any number of processes. With the same number (of a stream's loader processes, too) and on CPUs it gives
-bit for bit the losses of an uninterrupted run.
+transformers model in backbone/ and the heads in heads/. SIGTERM or Ctrl-C saves and stops; the same command with
+--resume continues at that very step, with any number of processes. With the same number (of a stream's loader
+processes, too) and on CPUs it gives bit for bit the losses of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from transformers.utils import logging as transformers_logging
 
 from config.recipe import Recipe, load_recipe, parse_overrides
 from data.inventory import images_of_the_run, keep_inventory
@@ -30,16 +29,15 @@ from data.unreadable import print_unreadable
 from methods.method import Batch, Method, Statistics
 from methods.registry import build_method
 from runtime.distributed import device, is_main, process_group, world_size
-from storage.checksums import write_checksums
-from storage.whole_file import whole_folder
 from training.collapse import CollapseDetector
 from training.ema import ema_update
+from training.export import export
 from training.optimization import clip_gradients, drop_last_layer_gradients, parameter_groups
 from training.parallel import Strategy, gradients_shared, parallelize
-from training.run import load_run
 from training.schedules import Schedules, StepValues
 from training.session import Session, state_to_resume, writing
 from training.step import check_statistics, seed_step, to_device
+from training.warm_start import start_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +54,10 @@ class Options:
     """Number of images in a stream that does not say it."""
     seed: int | None = None
     """Seed in place of the recipe's."""
+    init_backbone: str | None = None
+    """Start from this ViT in place of a random one: a run's backbone/, another folder, or a name on the hub."""
+    init_head: str | None = None
+    """Start from this head and its centre: a run's heads/teacher, another folder, or a name on the hub."""
     max_steps: int | None = None
     """Stop after this many steps of the run, with the schedules of the whole run."""
     resume: bool = False
@@ -117,6 +119,8 @@ def train(recipe: Recipe, options: Options) -> None:
 
     # ------------------------------------------------------------------------------- Student, teacher and loss
     method = build_method(recipe).to(device()).train()
+    if state is None:
+        start_from(method, options.init_backbone, options.init_head)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device().type == "cuda")
     parallelize(
         method,
@@ -231,19 +235,6 @@ def train_step(
 
     of_step = method.center_statistics(epoch) | {"grad_norm": grad_norm}
     return [statistics | of_step for statistics in found]
-
-
-def export(output: Path, push_to_hub: str | None = None) -> None:
-    """Save the teacher's backbone of the last checkpoint as a transformers model; upload it to the hub on request."""
-    transformers_logging.disable_progress_bar()
-    backbone = load_run(output).backbone
-    backbone.embeddings.mask_token = None  # iBOT's, which only pretraining needs
-    with whole_folder(output / "backbone") as folder:
-        backbone.save_pretrained(folder)
-        write_checksums(folder)
-    print(f"the teacher's backbone is in {output / 'backbone'}")
-    if push_to_hub is not None:
-        backbone.push_to_hub(push_to_hub)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from config.recipe import Recipe
 from methods.statistics import kappa_statistics
-from vmf_heads import HeadOutput
+from vmf_heads import HeadOutput, TeacherTargets
 from vmf_heads.centering import teacher_targets
 from vmf_heads.head import PrototypeHead, find_head
+from vmf_heads.hub import PretrainedHead
 
 Batch = Mapping[str, list[Tensor]]
 """The collated views that the method's part of `data.views` makes."""
@@ -73,6 +74,21 @@ class Method(nn.Module, ABC):
         with torch.no_grad():
             teacher_output = self.forward_teacher(batch)
         return self.compute_loss(self.forward_student(batch, epoch), teacher_output, batch, epoch, commit=commit)
+
+    def pretrained_heads(self) -> dict[str, PretrainedHead]:
+        """Return the heads of student and teacher, of iBOT's the part for [CLS], with the centre and the last
+        temperature of the teacher. MSN has neither: it has none to return.
+        """
+        targets = getattr(self.loss, "teacher", None)
+        if not isinstance(targets, TeacherTargets):
+            return {}
+        temperature = self.recipe.teacher_temp
+        return {
+            name: PretrainedHead(
+                find_head(network), temperature, targets.centering.offset(temperature), self.recipe.center_on
+            )
+            for name, network in (("student", self.student), ("teacher", self.teacher))
+        }
 
     def prototypes(self) -> nn.Module:
         """Return the prototypes that the targets come from."""

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: OUTPUT/{recipe.yaml, checkpoint.pt, metrics.jsonl, results.jsonl, backbone/}."""
+"""What a run leaves on disk: OUTPUT/{recipe.yaml, checkpoint.pt, metrics.jsonl, results.jsonl, backbone/, heads/}."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-RUN_FILES = (CHECKPOINT, PREVIOUS, "recipe.yaml", METRICS, "results.jsonl", "backbone")
+RUN_FILES = (CHECKPOINT, PREVIOUS, "recipe.yaml", METRICS, "results.jsonl", "backbone", "heads")
 """These files make a directory a run; pretraining refuses to start a new run where any of them exists."""
 
 

@@ -1,0 +1,103 @@
+"""What a run leaves for others to go on with, backbone and heads, is what another run starts from."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pretrain
+from config.recipe import load_recipe, parse_overrides
+from methods.registry import build_method
+from storage.checksums import check_checksums
+from training.run import load_run
+from training.warm_start import start_from
+from vmf_heads.head import find_head
+from vmf_heads.hub import PretrainedHead
+
+TINY = ("dataset=digits", "batch_size=32", "epochs=2", "warmup_epochs=0", "teacher_temp_warmup_epochs=1", "lr=0.01")
+TINY += ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=2", "out_dim=32", "hidden_dim=16")
+TINY += ("bottleneck_dim=8", "image_size=16", "local_size=8", "num_local_crops=1", "freeze_last_layer_epochs=0")
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def run(output: Path, recipe: str = "photos_dino_vmf", *overrides: str, **options: Any) -> None:
+    pretrain.main(pretrain.Options(recipe, output, overrides=(*TINY, *overrides), max_steps=3, **options))
+
+
+@pytest.mark.parametrize(("recipe", "more"), [("photos_dino_vmf", ()), ("photos_ibot_vmf", ("ibot.patch_out_dim=32",))])
+def test_another_run_starts_from_backbone_head_and_centre(recipe: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    run(tmp_path / "first", recipe, *more)
+    first = load_run(tmp_path / "first")
+    head = PretrainedHead.from_pretrained(tmp_path / "first" / "heads" / "student")
+    features = torch.randn(4, 16)
+    own = find_head(first.method.student)
+    assert torch.equal(head.head.features(features), own.features(features))
+    check_checksums(tmp_path / "first" / "heads" / "teacher")
+
+    method = build_method(load_recipe(recipe, parse_overrides((*TINY, *more))))
+    start_from(method, str(tmp_path / "first" / "backbone"), str(tmp_path / "first" / "heads" / "teacher"))
+    for network in (method.student, method.teacher):
+        for name, value in first.backbone.state_dict().items():
+            if not name.endswith("mask_token"):
+                assert torch.equal(network.backbone.state_dict()[name], value), name
+        teacher = find_head(first.method.teacher)
+        assert torch.equal(find_head(network).features(features), teacher.features(features))
+        assert torch.equal(find_head(network).last_layer.weight, teacher.last_layer.weight)
+    centre = first.loss.state_dict()["log_center"]
+    assert centre.abs().max() > 0
+    assert torch.equal(method.loss.state_dict()["log_center"], centre)
+
+
+def test_targets_of_a_published_head_are_those_of_the_run(tmp_path: Path) -> None:
+    """Also with a centre on logits, which Eq. 7 divides by the temperature."""
+    for centering in ("probability", "logit"):
+        run(tmp_path / centering, "photos_dino_vmf", f"centering={centering}")
+        method = load_run(tmp_path / centering).method
+        teacher = find_head(method.teacher)
+        features = torch.randn(4, 16)
+        scores = teacher.last_layer(teacher.features(features))
+        published = PretrainedHead.from_pretrained(tmp_path / centering / "heads" / "teacher")
+        torch.testing.assert_close(published.targets(features), method.targets(scores, epoch=1))
+
+
+def test_the_command_starts_from_them_and_a_resumed_run_does_not_start_again(tmp_path: Path) -> None:
+    run(tmp_path / "first")
+    start = {
+        "init_backbone": str(tmp_path / "first" / "backbone"),
+        "init_head": str(tmp_path / "first" / "heads" / "teacher"),
+    }
+    run(tmp_path / "second", "photos_dino_vmf", "lr=1e-9", "min_lr=1e-9", **start)
+    for name, value in load_run(tmp_path / "first").backbone.state_dict().items():
+        torch.testing.assert_close(load_run(tmp_path / "second").backbone.state_dict()[name], value, rtol=0, atol=1e-6)
+    pretrain.main(
+        pretrain.Options(
+            "photos_dino_vmf",
+            tmp_path / "second",
+            overrides=(*TINY, "lr=1e-9", "min_lr=1e-9"),
+            max_steps=4,
+            resume=True,
+            init_backbone="no such folder",
+        )
+    )
+
+
+def test_msn_has_no_head_with_a_centre(tmp_path: Path) -> None:
+    run(tmp_path / "run", "photos_msn_vmf")
+    assert (tmp_path / "run" / "backbone").is_dir()
+    assert not (tmp_path / "run" / "heads").exists()
+
+
+def test_networks_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    other = build_method(load_recipe("photos_dino_vmf", parse_overrides((*TINY, "hidden_size=32", "out_dim=16"))))
+    with pytest.raises(ValueError, match=r"`init_backbone` .* must have the shapes of the recipe, in which .*32.*16"):
+        start_from(other, backbone=str(tmp_path / "run" / "backbone"))
+    with pytest.raises(ValueError, match=r"`init_head` .* must have the shapes of the recipe, in which .*32.*16"):
+        start_from(other, head=str(tmp_path / "run" / "heads" / "teacher"))
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with config.json"):
+        start_from(other, head=str(tmp_path / "missing"))
