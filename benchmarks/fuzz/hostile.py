@@ -149,7 +149,7 @@ def _way_out_of_checksums(folder: Path, _path: Path, outside: Path, _mark: Path)
 
 
 def _parquet(*items: Any, label: Any = 0) -> Callable[[Path, Path, Path, Path], Any]:
-    def write(folder: Path, path: Path, outside: Path, mark: Path) -> None:
+    def write(_folder: Path, path: Path, outside: Path, _mark: Path) -> None:
         import datasets
         import pyarrow
         import pyarrow.parquet
@@ -162,12 +162,16 @@ def _parquet(*items: Any, label: Any = 0) -> Callable[[Path, Path, Path, Path], 
         rows = {"picture": filled, "kind": [label] * len(filled)}
         # By pyarrow, because `datasets` reads such files and puts them in.
         pyarrow.parquet.write_table(pyarrow.Table.from_pydict(rows, datasets.Features(kinds).arrow_schema), path)
-        (folder / "set" / "set.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
 
     return write
 
 
+def _script(folder: Path, _path: Path, _outside: Path, mark: Path) -> None:
+    (folder / "set" / "set.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+
+
 _SETS = (
+    Hostile("script that loads the set", _script),
     Hostile("path of a file outside", _parquet({"bytes": None, "path": "{outside}/secret.png"})),
     Hostile("path that goes up", _parquet({"bytes": None, "path": "set/../outside/secret.png"})),
     Hostile("address in place of a path", _parquet({"bytes": None, "path": "http://127.0.0.1:9/x.png"})),

@@ -13,8 +13,11 @@ from PIL import Image
 from data.hub import HubImages, load_hub, open_set
 from data.images import load_images
 from data.stream import ImageStream, StreamedViews, stream_batches
+from storage.torch_file import UnreadableFile
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 SHARDS, PER_SHARD = 4, 6
 IMAGES = SHARDS * PER_SHARD
 
@@ -99,6 +102,44 @@ def test_a_set_without_labels_is_one_class(tmp_path):
 def test_an_unknown_split_names_those_there_are(parquet):
     with pytest.raises(FileNotFoundError, match=r"`data` \(=.*\) has no 'test' split; it has train, validation"):
         open_set(parquet, "test")
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({"bytes": None, "path": "{outside}"}, "its path '.*outside.png' leads out of the set '.*set'"),
+        ({"bytes": None, "path": "http://127.0.0.1:9/x.png"}, "its path 'http://127.0.0.1:9/x.png' leads out of the"),
+        (None, "its row holds no image"),
+    ],
+)
+def test_an_image_is_in_the_set_or_not_read(item, reason, tmp_path):
+    (tmp_path / "outside.png").write_bytes(picture(9))
+    if item:
+        item["path"] = item["path"].format(outside=tmp_path / "outside.png")
+    features = datasets.Features({"picture": datasets.Image()})
+    (tmp_path / "set").mkdir()
+    # By pyarrow, because `datasets` reads files outside and puts them in.
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pydict({"picture": [item]}, features.arrow_schema), tmp_path / "set" / "train.parquet"
+    )
+    images, _, _ = load_hub(str(tmp_path / "set"), "train")
+    with pytest.raises(OSError, match=rf"cannot read image 0 \(.*\): {reason}"):
+        images[0]
+    with pytest.warns(UserWarning, match=rf"{reason}.*; a grey image takes its place"):
+        assert np.concatenate(batches_of(str(tmp_path / "set"), batch_size=1, last=1))[0, 0] == 124
+
+
+def test_images_without_a_label_are_counted(tmp_path):
+    write_shard(tmp_path / "set", "train-00000-of-00001", [picture(1), picture(2)], [0, None])
+    with pytest.raises(ValueError, match=r"`data` \(=.*\) has 1 images without a label, first image 1"):
+        load_hub(str(tmp_path / "set"), "train")
+
+
+def test_a_damaged_file_of_a_set_is_told(parquet):
+    for path in Path(parquet).rglob("*.parquet"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UnreadableFile, match=r"`data` \(=.*set'\) cannot be opened by `datasets`: Parquet magic bytes"):
+        load_hub(parquet, "train")
 
 
 def test_the_length_of_an_epoch_is_described_or_given(parquet):

@@ -136,6 +136,9 @@ def change(**parts):
 
 TREE = r"expected DATA/roxford5k/gnd_roxford5k\.pkl and DATA/roxford5k/jpg/\*\.jpg"
 NOT_A_TRUTH = r"gnd_roxford5k\.pkl' is no ground truth of revisited Oxford or Paris: "
+NESTED = [1]  # 2 ** 40 numbers, in a pickle of a few hundred bytes
+for _ in range(40):
+    NESTED = [NESTED, NESTED]
 TRUTH = {"bbx": [0, 0, 9, 9], "easy": [0], "hard": [1], "junk": []}
 
 
@@ -154,6 +157,15 @@ TRUTH = {"bbx": [0, 0, 9, 9], "easy": [0], "hard": [1], "junk": []}
             FileNotFoundError,
             rf"2 of the 17 images of gnd_roxford5k\.pkl are not in '.*', first 'image_000004\.jpg': {TREE}",
         ),
+        *(
+            (
+                change(imlist=[name] * 14),
+                ValueError,
+                rf"{NOT_A_TRUTH}.*the name of an image must be text without folders",
+            )
+            for name in ("../jpg/image_000000", "/etc/passwd", "a\0b", 7, NESTED)
+        ),
+        (change(gnd=[TRUTH | {"easy": NESTED}] * 3), ValueError, rf"{NOT_A_TRUTH}.*a list must hold numbers"),
         (change(gnd=[{}] * 3), ValueError, rf"{NOT_A_TRUTH}KeyError\('bbx'\)"),
         *(
             (

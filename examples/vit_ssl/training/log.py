@@ -69,7 +69,8 @@ class MetricsLog:
 
 
 def _step(line: bytes) -> float:
-    return (parsed(line) or {}).get("step", float("inf"))  # a line that was only half written has none
+    step = (parsed(line) or {}).get("step")  # a line that was only half written has none
+    return step if isinstance(step, int) else float("inf")
 
 
 def _curves(directory: Path, step: int) -> Any:
