@@ -1,6 +1,7 @@
 """vmf_heads.hub: a head that was saved and read gives the same numbers, and files of something else are refused."""
 
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def test_what_is_used_of_the_hub_is_what_it_takes() -> None:
         (huggingface_hub.snapshot_download, {"allow_patterns", "revision", "token", "cache_dir"}),
     ):
         assert names <= set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("package", ["safetensors", "huggingface_hub"])
+def test_what_is_not_installed_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # then an import of it raises
+    head = PretrainedHead(HEADS["dino"](), 0.07)
+    with pytest.raises(ImportError, match=rf"{package}: pip install 'vmf_heads\[hub\]'"):
+        head.save_pretrained(tmp_path) if package == "safetensors" else head.push_to_hub("me/head")
 
 
 @pytest.mark.parametrize(
