@@ -9,6 +9,7 @@ import pytest
 
 import seeds
 from data.images import load_images
+from lanes_here import run_lanes_here
 
 
 def write_run(directory, features, accuracy, correct):
@@ -108,6 +109,7 @@ def test_one_seed_has_no_spread(tmp_path, wrong):
 
 @pytest.mark.slow
 def test_the_whole_path(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(seeds, "run_lanes", run_lanes_here)
     monkeypatch.setattr(sys, "argv", ["seeds.py"])
     seeds.main(tmp_path / "runs", recipes=("photos_msn_vmf",), seeds=(0, 1), max_steps=2)
     out = capfd.readouterr().out
