@@ -15,6 +15,7 @@ from benchmarks.fashion import fashion, fashion_stability
 from benchmarks.faults import faults
 from benchmarks.fuzz.command import fuzz
 from benchmarks.loss import loss
+from benchmarks.matrix import matrix
 from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
@@ -39,6 +40,7 @@ COMMANDS = {
     "scale": scale,
     "rank-faults": rank_faults,
     "fuzz": fuzz,
+    "matrix": matrix,
 }
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from benchmarks import matrix, results
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -52,24 +53,31 @@ def test_the_readme_shows_the_result_of_the_demo() -> None:
         assert re.search(rf"^\|[^|]*{row}[^|]*\|.*(\d\d\.\d ± \d\.\d \| ?){{4}}", block[1], re.MULTILINE), row
 
 
-def test_the_lines_to_change_are_those_of_the_diffs() -> None:
-    """The column of the README counts, hunk by hunk, the larger of what docs/migrating.md removes and adds."""
-    table = (ROOT / "README.md").read_text().split("## What works where")[1].split("\n## ")[0]
-    typed: dict[str, list[int]] = {}
-    row = r"^\| \[[^\]]*\]\(docs/migrating\.md#([\w-]+)\)[^|]*\| ([^|]*) \|"
-    for anchor, cell in re.findall(row, table, re.MULTILINE):
-        typed.setdefault(anchor, []).extend(map(int, re.findall(r"\d+", cell)))
-    sections = re.split(r"^## (.*)$", (ROOT / "docs/migrating.md").read_text(), flags=re.MULTILINE)[1:]
-    counted = {}
-    for heading, text in zip(sections[::2], sections[1::2], strict=True):
-        diffs = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-        hunks = [re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:] for diff in diffs]
-        counted[heading.replace("/", "").lower()] = [
-            sum(max(len(re.findall(rf"^[{sign}]", hunk, re.MULTILINE)) for sign in "-+") for hunk in of_diff)
-            for of_diff in hunks
-        ]
-    assert typed == {anchor: counted[anchor] for anchor in typed}
-    assert len(typed) > 7
+def test_the_matrix_shows_the_outcomes_of_the_tests_and_counts_the_lines_of_the_diffs() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert matrix.rendered(page) == page
+    rows = results.latest("matrix")["rows"]
+    assert len(rows) == len(matrix.CODE_BASES) > 9
+    assert all(passed == of for row in rows for passed, of in (row["original"], row["fused"], row["fsdp2"]))
+
+
+def test_every_test_behind_the_matrix_exists() -> None:
+    files = sorted({test.split("::")[0] for base in matrix.CODE_BASES for test in matrix.tests(base)})
+    names = {
+        f"{file}::{name}"
+        for file in files
+        for name in re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
+    }
+    for base in matrix.CODE_BASES:
+        for test in matrix.tests(base):
+            assert any(name.startswith(test.split("[")[0]) for name in names), test
+
+
+@pytest.mark.parametrize(
+    ("passed", "of", "word"), [(0, 0, "not tried"), (2, 2, "yes"), (0, 2, "fails"), (1, 2, "1 of 2 tests")]
+)
+def test_a_cell_of_the_matrix_says_what_its_tests_did(passed: int, of: int, word: str) -> None:
+    assert matrix.word(passed, of, none="not tried") == word
 
 
 def commands(page: Path) -> dict[str, set[str]]:
