@@ -26,7 +26,7 @@ FAULTS = {
     "loader killed": "loses a loader process to SIGKILL",
 }
 CAUSE = "the cause of it all"
-STEPS_PER_EPOCH = 33
+LAST_STEP = 40  # a fault strikes in this step or an earlier one; an epoch has 33
 SIZE = ("dataset=digits", "batch_size=32", "epochs=100", "warmup_epochs=0", "teacher_temp_warmup_epochs=1", "lr=0.01")
 SIZE += ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=2", "out_dim=32", "hidden_dim=16")
 SIZE += ("bottleneck_dim=8", "image_size=16", "local_size=8", "num_local_crops=1", "precision=float32")
@@ -97,7 +97,7 @@ def rank_faults(*, repetitions: int = 5, seed: int = 0) -> None:
     for fault in FAULTS:
         endings = []
         for _ in range(repetitions):
-            rank, step = rng.randrange(RANKS), rng.randint(1, 2 * STEPS_PER_EPOCH)
+            rank, step = rng.randrange(RANKS), rng.randint(1, LAST_STEP)
             with tempfile.TemporaryDirectory() as folder:
                 endings.append(ending := ending_after(fault, rank, step, Path(folder)))
             where = f"{fault} in rank {rank} at step {step}"
@@ -109,7 +109,7 @@ def rank_faults(*, repetitions: int = 5, seed: int = 0) -> None:
         sys.exit("\n".join(broken))
 
 
-def ending_after(fault: str, rank: int, step: int, folder: Path, *, seconds: float = 300) -> Ending:
+def ending_after(fault: str, rank: int, step: int, folder: Path, *, seconds: float = 600) -> Ending:
     """Start a run of two ranks in an empty folder, one of which fails in a step, and wait for its end.
 
     Args:
@@ -138,7 +138,10 @@ def ending_after(fault: str, rank: int, step: int, folder: Path, *, seconds: flo
         stderr = process.communicate(timeout=seconds)[1]
         all_ended = time.monotonic()
     except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"{fault}: a process of torchrun still ran {seconds} seconds later") from error
+        when = "after" if (folder / "began").exists() else "before"
+        raise TimeoutError(
+            f"{fault}: torchrun ran for more than {seconds} seconds, and hangs {when} the fault"
+        ) from error
     finally:
         for pid in [process.pid] * (process.poll() is None) + [pid for pid in _ranks(folder) if _is_alive(pid)]:
             os.kill(pid, signal.SIGKILL)

@@ -186,6 +186,7 @@ def dino_tokens(weights, x, heads):
 def training_checkpoint(prefix="", **networks):
     """As main_dino.py and main_ibot.py save it: a Namespace, and a NumPy learning rate in the optimiser."""
     head = {"head.mlp.0.weight": torch.ones(2, 16), "head.last_layer.weight_v": torch.ones(5, 2)}
+    head["head.mlp.1.num_batches_tracked"] = torch.tensor(7)  # with --use_bn_in_head
     states = {
         name: {f"{prefix}backbone.{key}": value for key, value in weights.items()}
         | {f"{prefix}{key}": value for key, value in head.items()}

@@ -99,6 +99,13 @@ def test_a_set_without_labels_is_one_class(tmp_path):
     assert (labels.tolist(), classes) == ([0, 0, 0], ["image"])
 
 
+def test_an_image_may_be_a_link(tmp_path):
+    (tmp_path / "elsewhere.png").write_bytes(picture(7))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    assert number_of(load_hub(str(tmp_path / "plain"), "train")[0][0]) == 7
+
+
 def test_an_unknown_split_names_those_there_are(parquet):
     with pytest.raises(FileNotFoundError, match=r"`data` \(=.*\) has no 'test' split; it has train, validation"):
         open_set(parquet, "test")

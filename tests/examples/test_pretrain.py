@@ -290,7 +290,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_started_again(
     run(tmp_path, max_steps=2, resume=True)
     assert (tmp_path / "recipe.yaml").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("backbone", "checkpoint.previous.pt", "checkpoint.pt", "images.txt.gz"),
+        *("backbone", "checkpoint.previous.pt", "checkpoint.pt", "heads", "images.txt.gz"),
         *(METRICS, "recipe.yaml"),
     ]
 

@@ -107,8 +107,11 @@ def _check_place(path: str, name: str) -> None:
     import datasets
 
     place, local = path.rpartition("::")[2], Path(name).is_dir()
-    folders = [name] if local else [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE]
-    inside = any(Path(place).resolve().is_relative_to(Path(folder).resolve()) for folder in folders)
+    folders = [Path(name)] if local else [Path(datasets.config.HF_CACHE_HOME), Path(datasets.config.HF_DATASETS_CACHE)]
+    # Links are not followed: an image of the set may be a link to somewhere else, which its owner has made.
+    known = [root for folder in folders for root in (folder.absolute(), folder.resolve())]
+    plain = ".." not in Path(place).parts and "\0" not in place
+    inside = plain and any(Path(place).absolute().is_relative_to(root) for root in known)
     if not inside and (local or not place.startswith("hf://")):
         raise OSError(f"its path {path!r} leads out of the set {name!r}")
 

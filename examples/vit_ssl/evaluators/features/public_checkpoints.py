@@ -47,6 +47,8 @@ def open_public_checkpoint(path: Path, *, key: str = "teacher", heads: int | Non
     content = _read(path)
     network = _network(content, key, path)
     weights = {name: value for name, value in network.items() if not name.startswith(_NOT_BACKBONE)}
+    if wrong := [name for name, value in weights.items() if not (is_stored(value) and value.is_floating_point())]:
+        raise ValueError(f"{str(path)!r} holds something else than floating-point weights: {', '.join(wrong[:5])}")
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if blocks != {str(number) for number in range(len(blocks))}:
         raise ValueError(
@@ -140,13 +142,6 @@ def _network(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Tens
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in network.items()):
         found = ", ".join(sorted(str(name) for name, value in content.items() if isinstance(value, Mapping))) or "none"
         raise ValueError(f"`key` (={key!r}) must be one of the state dicts in {str(path)!r}: {found}")
-    # Batch normalisation counts its batches, the only integers among the buffers of these networks.
-    counters = {name for name in network if name.endswith("num_batches_tracked")}
-    wrong = [
-        n for n, value in network.items() if not is_stored(value) or not (value.is_floating_point() or n in counters)
-    ]
-    if wrong:
-        raise ValueError(f"{str(path)!r} holds something else than floating-point weights: {', '.join(wrong[:5])}")
     return {_without_prefixes(name): value for name, value in network.items()}
 
 
