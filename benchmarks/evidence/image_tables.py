@@ -121,7 +121,7 @@ def _outcome(rows: list[dict[str, Any]]) -> str:
         statistics.fmean(row[name] for row in whole) if whole else math.nan
         for name in ("used_by_logits", "spike", "largest_norm", "knn")
     )
-    numbers = [f"{used:.2f}, {rise:.2f}, {norm:.1f}, {100 * knn:.1f}"] if whole else []
+    numbers = [f"{used:.2f}, {rise:.2f}, {norm:.1f}, {100 * knn:.1f}".replace("-", "−")] if whole else []
     return ", ".join([*numbers, *failed])
 
 
