@@ -12,10 +12,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks import results
+from benchmarks.marked_tables import filled
 
 ROOT = Path(__file__).parents[1]
 README, MIGRATING = ROOT / "README.md", ROOT / "docs" / "migrating.md"
-MARKER = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
 UPSTREAM = "tests/upstream/test_"
 FUSED = "tests/test_compat_fused.py::test_fused_is_unfused"
 FSDP2 = "tests/test_compat_fsdp2.py::test_two_ranks_train_as_one_process"
@@ -239,8 +239,8 @@ def row(base: CodeBase, outcomes: dict[str, str], checkouts: Path) -> dict[str, 
 
 
 def rendered(page: str) -> str:
-    """`page` with what stands between `<!-- matrix -->` and `<!-- /matrix -->` made from the newest result."""
-    return MARKER.sub(lambda match: match[1] + table(results.latest("matrix")) + match[2], page)
+    """`page` with the table `matrix` made from the newest result."""
+    return filled(page, {"matrix": table(results.latest("matrix"))}.__getitem__)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -259,7 +259,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([name, *cells, f'{passed} of {of} passed', base.how])} |")
     torch = result["versions"]["torch"]
     return "\n".join(
-        [*lines, "", f"({result['device']}, torch {torch}, {result['date']}; `python -m benchmarks matrix`.)\n"]
+        [*lines, "", f"({result['device']}, torch {torch}, {result['date']}; `python -m benchmarks matrix`.)"]
     )
 
 

@@ -1,14 +1,13 @@
 """The tables of docs/mixture.md."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import concentration, mixture_fit, results
+from benchmarks.marked_tables import filled
 
 DOCS = Path(__file__).parents[1] / "docs" / "mixture.md"
-MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "concentration": concentration.table,
     "mixture_fit": mixture_fit.table,
@@ -24,11 +23,11 @@ def update_docs() -> None:
 def rendered(page: str) -> str:
     """`page` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
 
-    def made(match: re.Match[str]) -> str:
-        result = results.latest(match[2])
-        return f"{match[1]}\n{TABLES[match[2]](result)}\n\n{_provenance(result)}\n\n{match[3]}"
+    def made(name: str) -> str:
+        result = results.latest(name)
+        return f"{TABLES[name](result)}\n\n{_provenance(result)}"
 
-    return MARKER.sub(made, page)
+    return filled(page, made)
 
 
 def _provenance(result: dict[str, Any]) -> str:

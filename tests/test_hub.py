@@ -71,13 +71,15 @@ def test_targets_are_those_of_the_loss(tmp_path: Path) -> None:
 
 def test_the_card_says_in_words_what_the_head_is(tmp_path: Path) -> None:
     PretrainedHead(trained("dino"), 0.07, backbone="facebook/dino-vits16").save_pretrained(tmp_path / "a")
-    PretrainedHead(trained("dino, plain"), 0.07).save_pretrained(tmp_path / "b")
+    PretrainedHead(trained("dino, plain"), 0.07, center_on="logits").save_pretrained(tmp_path / "b")
     vmf, plain = ((tmp_path / name / "README.md").read_text() for name in "ab")
     assert "32 prototypes in 8 dimensions" in vmf
     assert "belongs to the backbone `facebook/dino-vits16`" in vmf
     assert "0.2 of the student, 0.07 of the teacher" in vmf
     assert "components of a von Mises-Fisher mixture" in vmf
+    assert "Centre: the logarithm of a running mean of responsibilities." in vmf
     assert "plain DINO" in plain
+    assert "Centre: a running mean of the teacher's logits, over its temperature." in plain
     assert "has not said which backbone" in plain
 
 
@@ -135,7 +137,7 @@ def test_what_is_not_installed_is_named(package: str, tmp_path: Path, monkeypatc
     [
         ((0.0,), r"`teacher_temp` \(=0.0\) must be a finite number > 0"),
         ((0.07, torch.zeros(K + 1)), r"`log_center` \(of shape \(33,\)\) must have the shape \(32,\)"),
-        ((0.07, None, "logits"), r"`center_on` \(='logits'\) must be one of 'scores', 'responsibilities'"),
+        ((0.07, None, "targets"), r"`center_on` \(='targets'\) must be one of 'responsibilities', 'scores', 'logits'"),
     ],
 )
 def test_wrong_arguments(arguments: tuple[object, ...], message: str) -> None:

@@ -63,7 +63,17 @@ def test_version():
 # From the bottom up: a module imports from rows above its own, or from its own in the order given.
 LAYERS = [
     ["_checks", "_once", "_debye", "_distributed", "_shards", "_matmul", "_memory", "_duplicates"],
-    ["_expansion", "_lowering", "_compiled", "_unit_rows", "_state_names", "_unattached", "mlp", "special"],
+    [
+        "_expansion",
+        "_lowering",
+        "_compiled",
+        "_unit_rows",
+        "_state_names",
+        "_unattached",
+        "_weight_normed",
+        "mlp",
+        "special",
+    ],
     ["prototypes", "optim", "parallel", "head", "centering", "hub", "_target_summary"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
     ["mixture.concentration", "mixture._sampling", "mixture.distribution", "mixture._ranks", "mixture._seeding"],

@@ -1,6 +1,5 @@
 """The tables of docs/evidence.md."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from benchmarks import results
 from benchmarks.evidence import image_tables
 from benchmarks.evidence.image_tables import by_fifth, pairs, table_1
 from benchmarks.evidence.mixture_tables import kappa, other_problems, readings, stability, summary
+from benchmarks.marked_tables import filled
 
 DOCS = Path(__file__).parents[2] / "docs" / "evidence.md"
-MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "summary": ("mixture_readings", summary),
     "readings": ("mixture_readings", readings),
@@ -38,12 +37,12 @@ def update_docs() -> None:
 def rendered(page: str) -> str:
     """`page` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
 
-    def made(match: re.Match[str]) -> str:
-        file, make = TABLES[match[2]]
+    def made(name: str) -> str:
+        file, make = TABLES[name]
         result = results.latest(file)
-        return f"{match[1]}\n{make(result)}\n\n{_provenance(result)}\n\n{match[3]}"
+        return f"{make(result)}\n\n{_provenance(result)}"
 
-    return MARKER.sub(made, page)
+    return filled(page, made)
 
 
 def _provenance(result: dict[str, Any]) -> str:

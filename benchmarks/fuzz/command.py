@@ -45,16 +45,16 @@ def fuzz(*, seed: int = 0, inputs: int = 1000) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = fuzzed(Path(folder), seed=seed, inputs=inputs)
     rows = [_row(name, verdicts) for name, verdicts in found.items()]
-    wrong = [f"{name}, {what}: {v.kind}, {v.detail}" for name, all_of in found.items() for what, v in all_of]
-    wrong = [line for line, (_, v) in zip(wrong, _flat(found), strict=True) if v.kind in WRONG]
+    wrong = [
+        f"{name}, {what}: {verdict.kind}, {verdict.detail}"
+        for name, verdicts in found.items()
+        for what, verdict in verdicts
+        if verdict.kind in WRONG
+    ]
     print(table(rows))
     print(results.write("fuzz", "cpu", rows, seed=seed, inputs=inputs, wrong=wrong))
     if wrong:
         sys.exit("\n".join(wrong))
-
-
-def _flat(found: dict[str, list[tuple[str, Verdict]]]) -> list[tuple[str, Verdict]]:
-    return [pair for pairs in found.values() for pair in pairs]
 
 
 def fuzzed(folder: Path, *, seed: int, inputs: int) -> dict[str, list[tuple[str, Verdict]]]:

@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.loss import contenders
 from benchmarks.loss.measure import STARTS
+from benchmarks.marked_tables import filled
 
 DOCS = Path(__file__).parents[2] / "docs" / "loss.md"
 Rows = list[dict[str, Any]]
@@ -28,11 +29,7 @@ def rendered(text: str) -> str:
         "ratios": f"{ratio_table(result['rows'])}\n\n{provenance}",
         "costs": size_tables(result["rows"]),
     }
-    pieces = text.split("<!-- table: ")
-    for i, piece in enumerate(pieces[1:], start=1):
-        name, _, rest = piece.partition(" -->")
-        pieces[i] = f"{name} -->\n\n{tables[name]}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    return "<!-- table: ".join(pieces)
+    return filled(text, tables.__getitem__)
 
 
 def headline() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from benchmarks.marked_tables import filled
 from benchmarks.normalizer.accuracy import DTYPES, OURS
 from vmf_heads._expansion import expansion
 
@@ -51,11 +52,7 @@ def rendered(text: str) -> str:
         "training": training_table(accuracy["rows"]),
         "speed": speed_table(speed["rows"]) + f"\n\n{_provenance(speed)}",
     }
-    pieces = text.split("<!-- table: ")
-    for i, piece in enumerate(pieces[1:], start=1):
-        name, _, rest = piece.partition(" -->")
-        pieces[i] = f"{name} -->\n{tables[name]}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    return "<!-- table: ".join(pieces)
+    return filled(text, tables.__getitem__)
 
 
 def own_table(rows: Rows) -> str:

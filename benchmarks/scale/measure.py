@@ -50,7 +50,7 @@ def _sent(name: str, args: Any) -> float:
         return _bytes(args[0]) - _bytes(args[1])
     if name == "reduce_scatter_base":
         return _bytes(args[1]) - _bytes(args[0])
-    raise NotImplementedError(f"a collective that this does not know: {name}")
+    raise ValueError(f"what a rank sends in the collective {name!r} is not known here, so its bytes cannot be counted")
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.marked_tables import filled
 from benchmarks.scale.model import GATHERED, REPLICATED, Cost, Setting, best_shards, cost
 
 DOCS = Path(__file__).parents[2] / "docs"
-MARKER = re.compile(r"(<!-- table: (\w+) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
 NAMES = {REPLICATED: "replicated (DDP)", GATHERED: "gathered (FSDP2)"}
 HEADS = ((65_536, 256), (262_144, 512), (1_048_576, 1024))
 RANKS = (8, 64, 512, 4096)
@@ -95,4 +94,4 @@ def rendered(page: str) -> str:
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("vmf_heads", "torch"))
     source = f"*{result['device']}, one thread a rank, {result['date']}; {versions}.*"
     tables = {"model": model_table(result["batch"]), "measured": f"{measured_table(result)}\n\n{source}"}
-    return MARKER.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n{match[3]}", page)
+    return filled(page, tables.__getitem__)

@@ -22,17 +22,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _memory
 from ._compiled import is_plain_eager
-from ._matmul import average, mm_float32
 from ._once import once_differentiable
 from ._shards import Exchange
+from ._weight_normed import WeightNormed, add_average, take_peaks_
 from .prototypes import HeadOutput
 
 Wanted = tuple[bool, bool, bool, bool]  # of the gradients of features, directions, scales and bias
@@ -127,64 +126,6 @@ class _Accumulator:
         self.dy = torch.zeros_like(y) if self.wants_dy else None
 
 
-class WeightNormed:
-    """Prototypes w_k = scale_k v_k / ||v_k||, of directions v (K, p) and scales (K,), as an operand that is never made.
-
-    A product reads v itself. What w has on top of v is one factor per prototype, f_k = scale_k / ||v_k||, which goes to
-    the (rows, K) numbers of a chunk. So neither w nor its gradient, (K, p) each, exists. Without scales w is v. With a
-    half-precision `dtype` the operand is w rounded to it, (K, p) of two bytes each.
-    """
-
-    def __init__(self, v: Tensor, scales: Tensor | None, dtype: torch.dtype | None) -> None:
-        self.v, self.dtype = v, dtype
-        self.factor: Tensor | None = None
-        if scales is not None:
-            self._length = torch.linalg.vector_norm(v, dim=1)
-            self.factor = scales / self._length
-        self._operand = v
-        if dtype is not None:
-            rounded = torch.empty_like(v, dtype=dtype)
-            self._operand = rounded.copy_(v) if self.factor is None else torch.mul(v, self.factor[:, None], out=rounded)
-
-    @property
-    def late_factor(self) -> Tensor | None:
-        """The factor (K,) that the result of `products` still lacks."""
-        return self.factor if self.dtype is None else None
-
-    def products(self, y: Tensor, buffer: Tensor) -> Tensor:
-        """<y, w> (c, K) but for `late_factor`; in `buffer` unless the operands are in half precision."""
-        if self.dtype is None:
-            return torch.mm(y, self._operand.t(), out=buffer[: len(y)])
-        return mm_float32(y.to(self.dtype), self._operand.t())
-
-    def rounded(self, y: Tensor) -> Tensor:
-        """`y` as `products` takes it, in its own dtype."""
-        return y if self.dtype is None else y.to(self.dtype).to(y.dtype)
-
-    def average_(self, p: Tensor, peaks: _Peaks | None = None) -> Tensor:
-        """p @ w (c, p) for p (c, K) in [-1, 1], which is overwritten, with the `peaks` that were taken from it."""
-        if self.dtype is not None:
-            result = average(p, self._operand, self.dtype)
-            return result if peaks is None else result.addcmul_(peaks.values, self._operand[peaks.columns])
-        return (p if self.factor is None else p.mul_(self.factor)) @ self._operand
-
-    def gradients_(self, dw: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of v and of the scales, where `wanted`, from that of w: dw (K, p), which becomes that of v.
-
-        With u = v / ||v||: d/dscale = <u, dw> and d/dv = f (dw - <u, dw> u).
-        """
-        if self.factor is None:
-            return dw, None
-        along = torch.empty_like(self.factor)
-        rows = max(1, _memory.CACHE_BYTES // (4 * dw.shape[1]))  # of several passes that find them in a cache
-        blocks = (x.split(rows) for x in (dw, self.v, self.factor, self._length, along))
-        for gradient, v, factor, length, result in zip(*blocks, strict=True):
-            torch.div(torch.linalg.vecdot(gradient, v), length, out=result)
-            if wanted[0]:
-                gradient.mul_(factor[:, None]).addcmul_(v, (factor * result / length)[:, None], value=-1)
-        return dw if wanted[0] else None, along if wanted[1] else None
-
-
 def _any_position(
     y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator
 ) -> Tensor:
@@ -229,10 +170,10 @@ def _any_position(
             mean_bias[chunk] = _times(targets @ b, share)
         if total.db is not None:
             total.db.sub_(_times(all_target_weight[chunk], share) @ targets, alpha=1 / d.students.ranks)
-        peaks = _take_peaks_(targets) if w.dtype is not None else None
+        peaks = take_peaks_(targets) if w.dtype is not None else None
         if total.dw is not None:
             features = _times(all_target_features[chunk], share) / (-tau * d.students.ranks)
-            _add_average(total.dw, targets, features, w.dtype, peaks)
+            add_average(total.dw, targets, features, w.dtype, peaks)
         mean_prototype[chunk] = _times(w.average_(targets, peaks), share)
     mean_prototype, mean_bias = d.teachers.sum_own(mean_prototype), d.teachers.sum_own(mean_bias)
 
@@ -291,9 +232,9 @@ def _add_gradients(
     scale = weight[:, None] / tau
     if total.db is not None:
         total.db.add_(weight @ p, alpha=1 / exchange.ranks)
-    taken = _take_peaks_(p) if peaks and w.dtype is not None else None
+    taken = take_peaks_(p) if peaks and w.dtype is not None else None
     if total.dw is not None:
-        _add_average(total.dw, p, scale / exchange.ranks * y, w.dtype, taken)
+        add_average(total.dw, p, scale / exchange.ranks * y, w.dtype, taken)
     if total.dy is not None:
         total.dy[chunk] += scale * w.average_(p, taken)
 
@@ -329,36 +270,6 @@ def _share(exchange: Exchange, part: Tensor, whole: Tensor) -> Tensor | None:
 def _times(x: Tensor, share: Tensor | None) -> Tensor:
     """x (c,) or (c, p), times the share (c,) of its rows."""
     return x if share is None else x * share.view(-1, *[1] * (x.dim() - 1))
-
-
-class _Peaks(NamedTuple):
-    """The largest probability of every row, which a product in half precision shall not round.
-
-    Where predictions are confident and right, P and T are nearly the same 1 in one place, and P - T is the little that
-    is left: less than the rounding of P and of T. Without that place their rows sum to as little as P - T itself.
-    """
-
-    values: Tensor  # (c, 1)
-    columns: Tensor  # (c,)
-
-
-def _take_peaks_(p: Tensor) -> _Peaks:
-    """The peaks of p (c, K), which is 0 there from now on."""
-    values, columns = p.max(dim=1, keepdim=True)
-    p.scatter_(1, columns, 0)
-    return _Peaks(values, columns.squeeze(1))
-
-
-def _add_average(total: Tensor, p: Tensor, x: Tensor, dtype: torch.dtype | None, peaks: _Peaks | None) -> None:
-    """total (K, p) += p' @ x for p (c, K) in [-1, 1], with the `peaks` that were taken from it."""
-    if dtype is None:
-        total.addmm_(p.t(), x)
-        return
-    # Weighted features may be smaller than what float16 can hold.
-    largest = torch.linalg.vector_norm(x, torch.inf).clamp(min=torch.finfo(x.dtype).tiny)
-    total.add_(average(p.t(), x / largest, dtype).mul_(largest))
-    if peaks is not None:
-        total.index_add_(0, peaks.columns, peaks.values * x)
 
 
 def _buffer(rows: int, v: Tensor) -> Tensor:

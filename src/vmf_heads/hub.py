@@ -16,13 +16,19 @@ from torch import Tensor, nn
 
 from ._checks import one_of, positive
 from ._distributed import whole
-from .centering import CENTER_ON, teacher_targets
+from .centering import teacher_targets
 from .head import PrototypeHead
 from .mlp import projection_mlp
 from .prototypes import LinearPrototypes, Prototypes
 
 __all__ = ["PretrainedHead"]
 
+AVERAGED = {
+    "responsibilities": "the logarithm of a running mean of responsibilities",
+    "scores": "the logarithm of a running mean of softmaxes of the scores",
+    "logits": "a running mean of the teacher's logits, over its temperature",
+}
+"""What a centre is, in the words of the model card, by what it averages."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 LAYERS: dict[str, type[Prototypes] | type[LinearPrototypes]] = {"weight_norm": Prototypes, "linear": LinearPrototypes}
 
@@ -37,8 +43,9 @@ class PretrainedHead:
         head: any `PrototypeHead` whose MLP is one that `projection_mlp` makes, with batch normalisation or without; all
             heads of `compat` are. Of iBOT's head with a second layer for patches, the part for [CLS].
         teacher_temp: the teacher's temperature at the end of the training.
-        log_center: c (K,) of Eq. 7, as in the state dict of a loss; None stands for zeros.
-        center_on: what the centre has averaged, "responsibilities" or "scores".
+        log_center: c (K,) of Eq. 7, as in the state dict of a loss; None stands for zeros. Of a centre on logits
+            (Eq. 8) it is that centre over `teacher_temp`, as `LogitCentering.offset` gives it.
+        center_on: what the centre has averaged, "responsibilities", "scores" or "logits".
         backbone: name or address of the backbone that the head belongs to, for the model card.
 
     Raises:
@@ -64,7 +71,7 @@ class PretrainedHead:
 
     def __post_init__(self) -> None:
         positive("teacher_temp", self.teacher_temp)
-        one_of("center_on", self.center_on, CENTER_ON)
+        one_of("center_on", self.center_on, AVERAGED)
         if self.log_center is not None and self.log_center.shape != (self.head.num_prototypes,):
             raise ValueError(
                 f"`log_center` (of shape {tuple(self.log_center.shape)}) must have the shape "
@@ -241,7 +248,6 @@ def _card(config: dict[str, Any]) -> str:
         else "This is a head of plain DINO, without normalising constants: the norms of its prototypes are no "
         "concentrations."
     )
-    averaged = "responsibilities" if config["center_on"] == "responsibilities" else "softmaxes of the scores"
     return f"""---
 library_name: vmf_heads
 tags: [self-supervised-learning, dino, von-mises-fisher]
@@ -254,7 +260,7 @@ This head maps {config["in_dim"]} features of a backbone to scores of {k} protot
 {model}
 
 - Temperatures: {config["temperature"]:g} of the student, {config["teacher_temp"]:g} of the teacher.
-- Centre: the logarithm of a running mean of {averaged}.
+- Centre: {AVERAGED[config["center_on"]]}.
 
 ```python
 from vmf_heads.hub import PretrainedHead

@@ -19,17 +19,13 @@ from methods.backbone import cls_token
 from pretrain import Options
 from storage.lock import FolderInUse
 from storage.torch_file import UnreadableFile
+from tiny_run import STEPS_PER_EPOCH, TINY_RUN
 from training import session
 from training.collapse import TrainingCollapsed
 from training.log import METRICS
 from training.run import load_checkpoint, load_run
 
-# Two epochs of 33 steps on the digits with a network so small that a step takes milliseconds.
-TINY = ("dataset=digits", "batch_size=32", "epochs=2", "warmup_epochs=0", "teacher_temp_warmup_epochs=1", "lr=0.01")
-TINY += ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=2", "out_dim=32", "hidden_dim=16")
-TINY += ("bottleneck_dim=8", "drop_path=0.2", "image_size=16", "local_size=8", "num_local_crops=1")
-TINY += ("freeze_last_layer_epochs=0", "save_every=1", "precision=float32")
-STEPS_PER_EPOCH = 33
+TINY = (*TINY_RUN, "epochs=2", "drop_path=0.2", "freeze_last_layer_epochs=0", "save_every=1")
 
 
 @pytest.fixture

@@ -13,15 +13,12 @@ import torch
 
 import pretrain
 from pretrain import Options
+from tiny_run import STEPS_PER_EPOCH, TINY_RUN
 from training.checkpoint_file import CHECKPOINT
 from training.log import METRICS
 from training.run import load_checkpoint
 
-# 33 steps an epoch, of milliseconds each.
-TINY = ("dataset=digits", "batch_size=32", "epochs=20", "warmup_epochs=0", "teacher_temp_warmup_epochs=1", "lr=0.01")
-TINY += ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=2", "out_dim=32", "hidden_dim=16")
-TINY += ("bottleneck_dim=8", "image_size=16", "local_size=8", "num_local_crops=1", "save_every=1", "precision=float32")
-STEPS_PER_EPOCH = 33
+TINY = (*TINY_RUN, "epochs=20", "save_every=1")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ENVIRONMENT["PYTHONPATH"] = str(Path(pretrain.__file__).parent)
 

@@ -10,14 +10,14 @@ import pretrain
 from config.recipe import load_recipe, parse_overrides
 from methods.registry import build_method
 from storage.checksums import check_checksums
+from storage.torch_file import UnreadableFile
+from tiny_run import TINY_RUN
 from training.run import load_run
 from training.warm_start import start_from
 from vmf_heads.head import find_head
 from vmf_heads.hub import PretrainedHead
 
-TINY = ("dataset=digits", "batch_size=32", "epochs=2", "warmup_epochs=0", "teacher_temp_warmup_epochs=1", "lr=0.01")
-TINY += ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=2", "out_dim=32", "hidden_dim=16")
-TINY += ("bottleneck_dim=8", "image_size=16", "local_size=8", "num_local_crops=1", "freeze_last_layer_epochs=0")
+TINY = (*TINY_RUN, "epochs=2", "freeze_last_layer_epochs=0")
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,7 @@ def test_targets_of_a_published_head_are_those_of_the_run(tmp_path: Path) -> Non
         features = torch.randn(4, 16)
         scores = teacher.last_layer(teacher.features(features))
         published = PretrainedHead.from_pretrained(tmp_path / centering / "heads" / "teacher")
+        assert published.center_on == {"probability": "responsibilities", "logit": "logits"}[centering]
         torch.testing.assert_close(published.targets(features), method.targets(scores, epoch=1))
 
 
@@ -101,3 +102,20 @@ def test_networks_of_other_shapes_are_refused(tmp_path: Path) -> None:
         start_from(other, head=str(tmp_path / "run" / "heads" / "teacher"))
     with pytest.raises(FileNotFoundError, match=r"must be a folder with config.json"):
         start_from(other, head=str(tmp_path / "missing"))
+
+
+def test_weights_that_are_damaged_or_missing_are_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    method = build_method(load_recipe("photos_dino_vmf", parse_overrides(TINY)))
+    for option, folder in (("head", tmp_path / "run/heads/teacher"), ("backbone", tmp_path / "run/backbone")):
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UnreadableFile, match=r"model.safetensors is damaged"):
+            start_from(method, **{option: str(folder)})
+    backbone = load_run(tmp_path / "run").backbone
+    state = {name: value for name, value in backbone.state_dict().items() if name != "layernorm.weight"}
+    backbone.save_pretrained(tmp_path / "lacks", state_dict=state)
+    with pytest.raises(ValueError, match=r"must hold the weights of a ViTModel; it lacks layernorm.weight"):
+        start_from(method, backbone=str(tmp_path / "lacks"))

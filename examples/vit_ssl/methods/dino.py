@@ -54,9 +54,8 @@ class DINO(Method):
         self, student_output: Any, teacher_output: Any, batch: Batch, epoch: int, *, commit: bool = True
     ) -> tuple[Tensor, Statistics]:
         """See `Method.compute_loss`."""
-        targets = self.loss.target_summary(
-            sample_rows(teacher_output), epoch
-        )  # before the loss, which moves the centre
+        # Before the loss, which moves the centre.
+        targets = self.loss.target_summary(sample_rows(teacher_output), epoch)
         loss = self.loss(student_output, teacher_output, epoch, commit=commit)
         statistics: Statistics = {"teacher_temp": float(self.loss.teacher_temp_schedule[epoch])}
         statistics |= target_statistics(targets, loss.detach())

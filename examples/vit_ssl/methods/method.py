@@ -83,10 +83,9 @@ class Method(nn.Module, ABC):
         if not isinstance(targets, TeacherTargets):
             return {}
         temperature = self.recipe.teacher_temp
+        averaged = "logits" if self.recipe.centering == "logit" else self.recipe.center_on
         return {
-            name: PretrainedHead(
-                find_head(network), temperature, targets.centering.offset(temperature), self.recipe.center_on
-            )
+            name: PretrainedHead(find_head(network), temperature, targets.centering.offset(temperature), averaged)
             for name, network in (("student", self.student), ("teacher", self.teacher))
         }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import ViTModel
 
 from methods.method import Method
+from storage.checksums import CHECKSUMS, check_checksums
 from vmf_heads.head import find_head
 from vmf_heads.hub import PretrainedHead
 
@@ -19,28 +20,33 @@ def start_from(method: Method, backbone: str | None = None, head: str | None = N
     """Give student and teacher the weights of `backbone` and `head`; call it before they are wrapped or attached.
 
     `backbone` is a folder or a name on the hub of a `ViTModel`, such as the backbone/ of a run. `head` is a folder or a
-    name on the hub that `PretrainedHead` reads, such as heads/teacher of a run; its centre becomes the loss's. Both
+    name on the hub that `PretrainedHead` reads, such as heads/teacher of a run; its centre becomes the loss's where
+    that averages probabilities. Of iBOT's head it is the part for [CLS], which with `shared_head` is all of it. Both
     networks start from the same weights, as they do without.
 
     Raises:
-        ValueError: the shapes are not those of the recipe; the message names the first that differ.
+        ValueError: the shapes are not those of the recipe, or weights are missing; the message names the first.
+        UnreadableFile: a file in a folder that has checksums is not the one that was written.
         FileNotFoundError, OSError: there is nothing of that name.
     """
+    for folder in (Path(source) for source in (backbone, head) if source is not None):
+        if (folder / CHECKSUMS).is_file():
+            check_checksums(folder)
     if backbone is not None:
-        found = ViTModel.from_pretrained(backbone, add_pooling_layer=False).state_dict()
+        model, info = ViTModel.from_pretrained(backbone, add_pooling_layer=False, output_loading_info=True)
+        if missing := sorted(name for name in info["missing_keys"] if not name.endswith("mask_token")):
+            raise ValueError(
+                f"`init_backbone` (={backbone!r}) must hold the weights of a ViTModel; it lacks {missing[0]}"
+            )
         for network in (method.student, method.teacher):
-            _load(network.backbone, found, f"`init_backbone` (={backbone!r})")
+            _load(network.backbone, model.state_dict(), f"`init_backbone` (={backbone!r})")
     if head is not None:
-        pretrained = PretrainedHead.from_pretrained(Path(head) if Path(head).is_dir() else head)
-        ours = pretrained.head
+        pretrained, name = PretrainedHead.from_pretrained(head), f"`init_head` (={head!r})"
+        mlp = pretrained.head.get_submodule(pretrained.head.MLP_NAME).state_dict()
         for network in (method.student, method.teacher):
             own = find_head(network)
-            _load(
-                own.get_submodule(own.MLP_NAME),
-                ours.get_submodule(ours.MLP_NAME).state_dict(),
-                f"`init_head` (={head!r})",
-            )
-            _load(own.last_layer, ours.last_layer.state_dict(), f"`init_head` (={head!r})")
+            _load(own.get_submodule(own.MLP_NAME), mlp, name)
+            _load(own.last_layer, pretrained.head.last_layer.state_dict(), name)
         state = method.loss.state_dict()
         if pretrained.log_center is not None and "log_center" in state:
             method.loss.load_state_dict({**state, "log_center": pretrained.log_center})
