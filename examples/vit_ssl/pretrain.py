@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 examples/vit_ssl/pretrain.py --recipe ... --output ... --strategy fsdp2
 
 writes recipe.yaml, metrics.jsonl (a row per step), checkpoint.pt and, at the end, the teacher's backbone as a
-transformers model in backbone/ and the heads in heads/. SIGTERM or Ctrl-C saves and stops; the same command with
---resume continues at that very step, with any number of processes. With the same number (of a stream's loader
+transformers model in backbone/ and the heads in heads/. --data takes images of your own; --list-recipes and --explain
+FIELD tell what there is to choose. SIGTERM or Ctrl-C saves and stops; --resume --output RUN continues at that very
+step, with any number of processes. With the same number (of a stream's loader
 processes, too) and on CPUs it gives bit for bit the losses of an uninterrupted run.
 """
 
@@ -13,18 +14,23 @@ from __future__ import annotations
 
 from runtime.ending import sound_ending
 
-import dataclasses
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
 
-from config.recipe import Recipe, load_recipe, parse_overrides
+from config.cards import recipe_list
+from config.explain import explain
+from config.options import Options
+from config.recipe import Recipe
 from data.inventory import images_of_the_run, keep_inventory
 from data.loading import load_steps, micro_batch_size, training_images
+from data.source.check import look_at
+from data.source.kept import keep_source
 from data.unreadable import print_unreadable
 from methods.method import Batch, Method, Statistics
 from methods.registry import build_method
@@ -32,86 +38,39 @@ from runtime.distributed import device, is_main, process_group, world_size
 from training.collapse import CollapseDetector
 from training.ema import ema_update
 from training.export import export
+from training.log import summary
 from training.optimization import clip_gradients, drop_last_layer_gradients, parameter_groups
-from training.parallel import Strategy, gradients_shared, parallelize
+from training.parallel import gradients_shared, parallelize
 from training.schedules import Schedules, StepValues
-from training.session import Session, state_to_resume, writing
+from training.session import Session, work_of, writing
 from training.step import check_statistics, seed_step, to_device
 from training.warm_start import start_from
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Pretrain a vision transformer. What changes the result is in the recipe, see recipes/*.yaml."""
-
-    recipe: str
-    """Name of a file in recipes/, or the path of a .yaml file."""
-    output: Path
-    """Directory of the run, which all processes see; without --resume it must not hold one."""
-    data: Path | None = None
-    """Folder of images or name of a hub set, for recipes with `dataset` folder, hub or stream."""
-    images_per_epoch: int | None = None
-    """Number of images in a stream that does not say it."""
-    seed: int | None = None
-    """Seed in place of the recipe's."""
-    init_backbone: str | None = None
-    """Start from this ViT in place of a random one: a run's backbone/, another folder, or a name on the hub."""
-    init_head: str | None = None
-    """Start from this head and its centre: a run's heads/teacher, another folder, or a name on the hub."""
-    max_steps: int | None = None
-    """Stop after this many steps of the run, with the schedules of the whole run."""
-    resume: bool = False
-    """Continue the run in --output at its last checkpoint."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="FIELD=VALUE")] = ()
-    """Recipe fields to replace, e.g. --set lr=1e-3 epochs=10."""
-
-    strategy: Strategy = "ddp"
-    """How several processes of torchrun share the work: each with whole networks (ddp) or with a part (fsdp2)."""
-    prototype_parallel: int = 1
-    """Let so many processes share the prototypes of both heads out, instead of a copy each; see docs/scale.md."""
-    accumulate: int = 1
-    """Cut a process' part of the batch into so many micro-batches: less memory, the same step."""
-    compile: bool = False
-    """torch.compile the backbone's blocks."""
-    activation_checkpointing: bool = False
-    """Compute the student's blocks again in the backward pass: less memory, about a quarter more time."""
-    num_workers: int | None = None
-    """Loader processes of each process, instead of the recipe's."""
-    log_every: int = 1
-    """Steps between rows of metrics.jsonl."""
-    tensorboard: bool = False
-    """Write the same numbers for `tensorboard --logdir OUTPUT/tensorboard`."""
-    collapse_window: int | None = None
-    """Stop a run that looks collapsed for so many steps on end; by default an epoch, at least 100. 0: never."""
-    push_to_hub: str | None = None
-    """Also upload the backbone, at the end, to this repository of the Hugging Face hub."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
 def main(options: Options) -> None:
     """Run the command line, from recipe to exported backbone, in one process or as one of torchrun's."""
-    lowest = {"max_steps": 1, "images_per_epoch": 1, "log_every": 1, "collapse_window": 0, "num_workers": 0}
-    lowest |= {"prototype_parallel": 1}
-    for name, low in lowest.items():
-        if (value := getattr(options, name)) is not None and value < low:
-            raise ValueError(f"`{name}` (={value}) must be at least {low}")
-    seed = {} if options.seed is None else {"seed": options.seed}
-    recipe = load_recipe(options.recipe, seed | parse_overrides(options.overrides))
-    with process_group(), writing(options.output, resume=options.resume):
-        train(recipe, options)
+    options.check()
+    if options.list_recipes or options.explain:
+        print(explain(options.explain, options.recipe) if options.explain else recipe_list())
+        return
+    output = options.output or Path()  # the check has refused None
+    with process_group(), writing(output, resume=options.resume):
+        train(options)
         if is_main():
-            export(options.output, options.push_to_hub)
+            export(output, options.push_to_hub, program=options.export_program)
+            print("\n".join(summary(output)))
+            evaluate = os.path.relpath(Path(__file__).with_name("evaluate.py"))
+            print(f"is it better than raw pixels? python {evaluate} compare {shlex.quote(str(output))}")
 
 
-def train(recipe: Recipe, options: Options) -> None:
+def train(options: Options) -> None:
     """Do all steps that are left, with checkpoints on the way; raise SystemExit(128 + signal) when asked to stop."""
-    state = state_to_resume(options.output, recipe) if options.resume else None
+    output, recipe, source, state = work_of(options)
 
     # -------------------------------------------------------------------------------------------------- Images
-    images = training_images(recipe, options.data, options.images_per_epoch)
+    images = training_images(recipe, source.data, source.images_per_epoch)
     if state is not None:
-        images = images_of_the_run(images, options.output)
+        images = images_of_the_run(images, output)
     images_at_once = micro_batch_size(recipe, options.accumulate)
     workers = recipe.num_workers if options.num_workers is None else options.num_workers
     steps_per_epoch = len(images) // recipe.batch_size
@@ -146,14 +105,16 @@ def train(recipe: Recipe, options: Options) -> None:
     detector = CollapseDetector(recipe.out_dim, window, images_at_once)
     session = Session(
         recipe,
-        options.output,
+        output,
         images=len(images),
         last_step=last_step,
         log_every=options.log_every,
         tensorboard=options.tensorboard,
     )
     session.begin(method, optimizer, state)
-    keep_inventory(images, options.output)
+    keep_inventory(images, output)
+    if is_main():
+        keep_source(output, source, look_at(images, recipe) if session.step == 0 else None)
     del state
     if is_main():
         processes = f", {world_size()} processes, {options.strategy}" if world_size() > 1 else ""
@@ -168,7 +129,7 @@ def train(recipe: Recipe, options: Options) -> None:
             end = min(steps_per_epoch, last_step - epoch * steps_per_epoch)
             session.start_clock(epoch)
             for micro_batches in load_steps(
-                images, recipe, epoch, first, end, options.output, accumulate=options.accumulate, num_workers=workers
+                images, recipe, epoch, first, end, output, accumulate=options.accumulate, num_workers=workers
             ):
                 now = schedules.at(session.step)
                 seed_step(recipe.seed, session.step)
@@ -188,7 +149,7 @@ def train(recipe: Recipe, options: Options) -> None:
                 session.leave()
     if is_main():
         print(f"{recipe.name}: {session.step} steps done")
-        print_unreadable(options.output)
+        print_unreadable(output)
 
 
 def train_step(

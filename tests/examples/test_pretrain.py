@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 import pretrain
 from devices import DEVICES
 from evaluators.features.encoder import open_encoder
+from evaluators.request import ExtractOptions, Request, open_evaluation
 from methods.backbone import cls_token
 from pretrain import Options
 from storage.lock import FolderInUse
@@ -82,6 +84,35 @@ def test_the_exported_backbone_opens_with_automodel(tmp_path: Path) -> None:
         theirs = exported(images).last_hidden_state[:, 0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     torch.testing.assert_close(open_encoder(tmp_path / "backbone").cls(images), ours, rtol=0, atol=0)
+
+
+def test_transformers_alone_gives_the_features_that_are_evaluated(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    photos = tmp_path / "data" / "train" / "one"
+    photos.mkdir(parents=True)
+    for index, (width, height) in enumerate([(16, 16), (37, 24), (20, 41), (300, 200)] * 10):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8)).save(photos / f"{index:02}.png")
+    run(tmp_path / "run", "dataset=folder", data=tmp_path / "data", max_steps=1, export_program=True)
+    request = Request(str(tmp_path / "run"), extract=ExtractOptions(num_workers=0, cache=False))
+    ours = torch.from_numpy(open_evaluation(request).features("train").x)
+    capfd.readouterr()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run" / "backbone")
+    model = AutoModel.from_pretrained(tmp_path / "run" / "backbone")
+    said = capfd.readouterr()
+    assert "pooler" not in said.out + said.err
+    images = processor([Image.open(path) for path in sorted(photos.iterdir())], return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(**images)
+        program = torch.export.load(tmp_path / "run" / "backbone.pt2").module()
+        exported = [program(images["pixel_values"][rows]) for rows in (slice(0, 1), slice(0, 40))]
+    close = {"rtol": 0, "atol": 5e-6}  # of the rounding of the normalisation; values are up to 3
+    torch.testing.assert_close(theirs.pooler_output, ours, **close)
+    torch.testing.assert_close(theirs.last_hidden_state[:, 0], theirs.pooler_output, rtol=0, atol=0)
+    torch.testing.assert_close(exported[0], ours[:1], **close)
+    torch.testing.assert_close(exported[1], ours, **close)
+    assert ours.std(dim=0).mean() > 0.01
 
 
 def test_a_flipped_bit_in_the_exported_backbone_is_told(tmp_path: Path) -> None:
@@ -234,7 +265,7 @@ def test_an_output_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_resuming_with_another_recipe_names_the_fields(tmp_path: Path) -> None:
     run(tmp_path, max_steps=1)
-    message = r"has another recipe:\n  seed: 0 in the run, 5 requested\n  epochs: 2 in the run, 3 requested$"
+    message = r"has another recipe:\n  seed: 0 in the run, 5 requested\n  epochs: 2 in the run, 3 requested"
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "epochs=3", seed=5, resume=True)
 
@@ -262,6 +293,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint(tmp_path: Path, monke
     assert load_checkpoint(tmp_path)["step"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint.pt",
+        "data.json",
         "images.txt.gz",
         METRICS,
         "recipe.yaml",
@@ -286,9 +318,38 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_started_again(
     run(tmp_path, max_steps=2, resume=True)
     assert (tmp_path / "recipe.yaml").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("backbone", "checkpoint.previous.pt", "checkpoint.pt", "heads", "images.txt.gz"),
+        *("backbone", "checkpoint.previous.pt", "checkpoint.pt", "data.json", "heads", "images.txt.gz"),
         *(METRICS, "recipe.yaml"),
     ]
+
+
+def test_a_folder_is_enough_and_a_run_is_resumed_from_itself_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(40):
+        (tmp_path / "data" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (index, 0, 0)).save(tmp_path / "data" / "ab"[index % 2] / f"{index}.png")
+    tiny = tuple(setting for setting in TINY if not setting.startswith("dataset"))  # the recipe's is photos
+    monkeypatch.chdir(tmp_path)
+    pretrain.main(Options("photos_dino_vmf", Path("whole"), data=Path("data"), overrides=tiny))
+    pretrain.main(Options("photos_dino_vmf", Path("parts"), data=Path("data"), overrides=tiny, max_steps=1))
+    said = capsys.readouterr().out
+    assert said.startswith("40 images in 2 classes, 20 in each\n  40 of them looked at: 20 x 20 px; modes: RGB 40\n")
+    assert "loss: " in said
+    assert "of 32 are the largest target" in said
+    assert said.splitlines()[-1].endswith("evaluate.py compare parts")
+    monkeypatch.chdir("/")
+    pretrain.main(Options(output=tmp_path / "parts", resume=True))
+    resumed, whole = (without_timing(rows(tmp_path / name)) for name in ("parts", "whole"))
+    assert resumed == whole
+    assert len(whole) == 2
+    assert "images in 2 classes" not in capsys.readouterr().out
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"`data` \(='.*data'\) is not a folder"):
+        pretrain.main(Options(output=tmp_path / "parts", resume=True))
+    pretrain.main(Options(output=tmp_path / "parts", resume=True, data=tmp_path / "moved"))
+    with pytest.raises(ValueError, match=r"another recipe:\n  lr: 0.01 in the run, 0.5 requested"):
+        pretrain.main(Options(output=tmp_path / "parts", resume=True, overrides=("lr=0.5",)))
 
 
 def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:

@@ -11,16 +11,16 @@ from config.settings import LOWEST_TEMPERATURE, Ranges, check_ranges, is_share, 
 class IBOTSettings:
     """What iBOT adds to DINO: masked patches and their objective (Zhou et al., 2022; appendix A.5 of the paper)."""
 
-    mask_probability: float  # of a global crop to have masked patches at all
-    mask_ratio: tuple[float, float]  # of its patches, drawn uniformly; iBOT's 0.3 with variance 0.2 is 0.1 to 0.5
+    mask_probability: float  # probability that a global crop has masked patches at all
+    mask_ratio: tuple[float, float]  # of its patches that are masked, drawn uniformly; iBOT has 0.1 to 0.5
     mask_start_epoch: int  # before it nothing is masked
     shared_head: bool  # whether [CLS] and patches have the same prototypes
     patch_out_dim: int  # prototypes of the patches, K2; with a shared head out_dim
-    patch_teacher_temp_warmup: float  # over teacher_temp_warmup_epochs, from mask_start_epoch on
-    patch_teacher_temp: float
-    patch_center_momentum: float
-    cls_weight: float  # of the [CLS] objective in the loss, lambda_1
-    patch_weight: float  # of the patches' objective, lambda_2
+    patch_teacher_temp_warmup: float  # at mask_start_epoch; it rises for teacher_temp_warmup_epochs
+    patch_teacher_temp: float  # the one that it rises to
+    patch_center_momentum: float  # of the centre of the patches, a moving average
+    cls_weight: float  # weight of the [CLS] objective in the loss, lambda_1
+    patch_weight: float  # weight of the objective of the patches, lambda_2
 
     def __post_init__(self) -> None:
         check_ranges(self, _IBOT_RANGES, "ibot.")
@@ -35,8 +35,8 @@ class MSNSettings:
 
     rand_views: int  # anchors among the global crops, in addition to the target
     patch_drop: float  # share of the patches of such an anchor that are left out
-    me_max_weight: float  # of ln K - entropy of the anchors' mean prediction, which keeps the prototypes in use
-    entropy_weight: float  # of the mean entropy of the anchors' predictions
+    me_max_weight: float  # weight of ln K - entropy of the anchors' mean prediction, which keeps the prototypes in use
+    entropy_weight: float  # weight of the mean entropy of the anchors' predictions
     sinkhorn: bool  # whether Sinkhorn-Knopp balances the targets over the prototypes
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from config.settings import (
     plain,
     read_settings,
 )
+from config.sizes import check_sizes
 from config.yaml_file import parse_yaml, read_yaml
 from storage.whole_file import whole_file
 
@@ -35,10 +36,10 @@ class Recipe:
     out of range.
     """
 
-    name: str
-    method: Literal["dino", "ibot", "msn"]
-    dataset: Literal["photos", "digits", "folder", "hub", "stream"]
-    seed: int
+    name: str  # what the run is called on the screen; the file of the recipe has the same name
+    method: Literal["dino", "ibot", "msn"]  # the objective; with `normalization` vmf it is DINO-vMF, ...
+    dataset: Literal["photos", "digits", "folder", "hub", "stream"]  # kind of image set; --data sets it by itself
+    seed: int  # of initial weights, order of the images, crops and drop path
     num_workers: int  # data loading processes; changes the speed alone, or the order of a stream
     precision: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 autocast on CUDA, float32 elsewhere
     save_every: int  # epochs between checkpoints; one is also written at the end and on SIGTERM or SIGINT
@@ -46,9 +47,9 @@ class Recipe:
     # Multi-crop: two global views and `num_local_crops` local ones; scales are shares of the image's area.
     image_size: int  # pixels of a global crop, and of an image at evaluation
     local_size: int  # pixels of a local crop
-    num_local_crops: int
-    global_scale: tuple[float, float]
-    local_scale: tuple[float, float]
+    num_local_crops: int  # local crops of each image, besides the global ones; DINO 8, MSN 10
+    global_scale: tuple[float, float]  # least and largest share of the area in a global crop; DINO 0.4 to 1
+    local_scale: tuple[float, float]  # the same of a local crop; DINO 0.05 to 0.4
     color_strength: float  # 1: the colour jitter of DINO and BYOL; 0: none
     saturation: float  # the jitter of the saturation at strength 1; DINO 0.2, MSN 0.4
     blur_strength: float  # 1: the Gaussian blur radii of DINO, meant for 224 pixels; 0: none
@@ -57,57 +58,56 @@ class Recipe:
     grayscale_prob: float  # of every view; DINO 0.2
 
     # Backbone: a transformers ViTModel.
-    patch_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    patch_size: int  # side in pixels of a patch; both crop sizes must be multiples of it
+    hidden_size: int  # width of the tokens, and so of the features
+    num_hidden_layers: int  # blocks
+    num_attention_heads: int  # of every block; must divide `hidden_size`
     initializer_range: float  # standard deviation of the initial weights, also of the head's MLP; DINO 0.02
     drop_path: float  # stochastic depth of the student's last layer, rising linearly from 0 at the first
 
     # Projection head and prototypes.
     normalization: Literal["none", "l2", "vmf"]  # of the prototypes, Table 1; MSN's own is l2
-    out_dim: int  # prototypes, K
-    hidden_dim: int
-    bottleneck_dim: int
-    head_layers: int
-    use_bn_in_head: bool
+    out_dim: int  # number of prototypes, K
+    hidden_dim: int  # width of the hidden layers of the MLP in front of the prototypes; DINO 2048
+    bottleneck_dim: int  # dimension p of the sphere on which features and prototypes lie; DINO 256
+    head_layers: int  # linear layers of that MLP; DINO 3
+    use_bn_in_head: bool  # whether that MLP has BatchNorm; DINO not for ViTs
 
     # Loss.
     centering: Literal["logit", "probability", "none"]  # Eq. 8, Eq. 9, or none, as in MSN, which has me-max instead
     center_on: Literal["responsibilities", "scores"]  # what Eq. 9 averages; without effect for other centres
-    center_momentum: float  # without effect where there is no centre
-    student_temp: float
-    teacher_temp_warmup: float
-    teacher_temp: float
-    teacher_temp_warmup_epochs: int
+    center_momentum: float  # of the centre, a moving average; without effect where there is none
+    student_temp: float  # temperature of the student; DINO 0.1. The concentration of a prototype is its norm over it
+    teacher_temp_warmup: float  # temperature of the teacher in the first epoch; DINO 0.04
+    teacher_temp: float  # the one that it rises to, linearly; lower means sharper targets; DINO 0.04 to 0.07
+    teacher_temp_warmup_epochs: int  # epochs that it rises for
     fused_loss: bool  # loss and gradients without the (N, K) logits: less memory, the same numbers to rounding
 
     # Optimisation.
-    epochs: int
+    epochs: int  # how often every image is seen
     batch_size: int  # images per step, over all processes
     lr: float  # peak for a batch of 256; the peak used is lr * batch_size / 256
-    min_lr: float  # at the last step, not scaled
-    warmup_epochs: int
-    warmup_start_lr: float  # at the first step, not scaled; DINO 0
-    weight_decay: float
-    weight_decay_end: float
+    min_lr: float  # learning rate at the last step, not scaled
+    warmup_epochs: int  # epochs in which the learning rate rises to its peak, linearly; then it falls as a cosine
+    warmup_start_lr: float  # learning rate at the first step, not scaled; DINO 0
+    weight_decay: float  # at the first step; DINO 0.04
+    weight_decay_end: float  # at the last step, with a cosine in between; DINO 0.4
     decay_prototypes: bool  # whether the weight decay is for prototypes, too; DINO and iBOT yes, MSN no
     norms_lr_multiplier: float  # of the prototypes' norms, which then do not decay; 0: as the prototypes, as in DINO
-    momentum_teacher: float  # of the EMA teacher, rising to 1
+    momentum_teacher: float  # share of itself that the EMA teacher keeps at every step, rising to 1
     momentum_schedule: Literal["cosine", "linear"]  # how it rises; MSN linearly
     schedule_stretch: float  # lr, weight decay and momentum end after so many times `epochs`; DINO 1, MSN 1.25
-    freeze_last_layer_epochs: int
+    freeze_last_layer_epochs: int  # epochs in which the prototypes stay as they are; DINO 1
     clip_grad: float  # largest gradient norm; 0: no clipping
     clip_grad_over: Literal["parameter", "network"]  # of each parameter, or as in MSN of all but prototypes
 
     # What only one method has; null for the others.
-    ibot: IBOTSettings | None
-    msn: MSNSettings | None
+    ibot: IBOTSettings | None  # masked patches and their objective
+    msn: MSNSettings | None  # random and focal views, me-max, Sinkhorn
 
     def __post_init__(self) -> None:
         check_ranges(self, _RANGES)
-        whole_patches = f"a multiple of `patch_size` (={self.patch_size})"
-        check_fields(self, ("image_size", "local_size"), whole_patches, lambda size: size % self.patch_size == 0)
+        check_sizes(self.image_size, self.local_size, self.patch_size)
         whole_heads = f"a multiple of `num_attention_heads` (={self.num_attention_heads})"
         check_fields(self, ("hidden_size",), whole_heads, lambda size: size % self.num_attention_heads == 0)
         within = f"at most `epochs` (={self.epochs})"
@@ -174,12 +174,23 @@ def load_recipe(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise FileNotFoundError(f"no recipe `{name_or_path}`: expected the path of a .yaml file or one of {known}")
     settings = read_yaml(path)
-    for name, value in (overrides or {}).items():
+    _override(settings, overrides or {}, path.name)
+    return recipe_from_dict(settings, source=path.name)
+
+
+def replaced(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with some fields replaced, as `load_recipe` does; raise ValueError for unknown or bad ones."""
+    settings = plain(recipe)
+    _override(settings, overrides, recipe.name)
+    return recipe_from_dict(settings, source=recipe.name)
+
+
+def _override(settings: dict[str, Any], overrides: Mapping[str, Any], source: str) -> None:
+    for name, value in overrides.items():
         section, _, field = name.rpartition(".")
         if section and not isinstance(settings.get(section), dict):
-            raise ValueError(f"{path.name}: no section {section} to set {field} in")
+            raise ValueError(f"{source}: no section {section} to set {field} in")
         (settings[section] if section else settings)[field] = value
-    return recipe_from_dict(settings, source=path.name)
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:

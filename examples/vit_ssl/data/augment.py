@@ -11,11 +11,14 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 # The statistics of ImageNet, which every public DINO, iBOT and MSN backbone expects, as x -> x * scale + shift.
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
-_SCALE = 1 / (255 * _STD)
-_SHIFT = -np.array([0.485, 0.456, 0.406], np.float32) / _STD
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SCALE = 1 / (255 * np.array(STD, np.float32))
+_SHIFT = -np.array(MEAN, np.float32) / np.array(STD, np.float32)
 
 Range = tuple[float, float]
+
+STRIP = 50
+"""Of an image that is so many times as long as it is wide evaluation sees the middle part only."""
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -148,9 +151,10 @@ def turn_hue(image: Image.Image, amount: float) -> Image.Image:
 
 
 class EvalTransform:
-    """Resize and centre crop in one step: the middle `keep` of the shorter side becomes `size` x `size` px.
+    """Resize and centre crop, as evaluations on ImageNet do: the shorter side to size / keep px, then size x size px.
 
-    `keep=224/256` is the protocol of ImageNet evaluations; small images are used whole.
+    `keep=224/256` is their protocol; small images are used whole. The sizes are rounded as transformers' image
+    processors round them, so that these give the same pixels.
     """
 
     def __init__(self, size: int, *, keep: float = 1.0) -> None:
@@ -158,11 +162,14 @@ class EvalTransform:
             raise ValueError(f"`size` (={size}) must be at least 1")
         if not 0 < keep <= 1:
             raise ValueError(f"`keep` (={keep}) must be in (0, 1]")
-        self.size, self.keep = size, keep
+        self.size, self.resized = size, round(size / keep)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the image as a normalised float32 tensor (3, size, size)."""
-        side = self.keep * min(image.size)
-        x, y = (image.width - side) / 2, (image.height - side) / 2
-        box = (x, y, x + side, y + side)
-        return to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+        short = min(image.size)
+        if max(image.size) > STRIP * short:  # or all of it would be enlarged
+            image = ImageOps.fit(image, [min(side, STRIP * short) for side in image.size])
+        width, height = (int(self.resized * side / short) for side in image.size)
+        x, y = (width - self.size) // 2, (height - self.size) // 2
+        whole = image.resize((width, height), Image.Resampling.BICUBIC)
+        return to_tensor(whole.crop((x, y, x + self.size, y + self.size)))

@@ -18,6 +18,8 @@ from data.left_out import SUFFIXES, LeftOut, is_hidden, some
 
 NAMES = ("photos", "digits", "folder", "hub")
 SPLITS = ("train", "val", "test")
+LIBRARY_SETS = ("photos", "digits")
+"""These sets of small images are used whole; photographs are cropped, as in ImageNet evaluations."""
 
 CELL = 32
 """A photograph is cut into cells of this side in pixels; the unused margin between its regions is as wide."""
@@ -101,6 +103,11 @@ def load_images(name: str, split: str, *, data: Path | None = None) -> Images:
     if data is not None:
         raise ValueError(f"`data` (={str(data)!r}) is only for the data sets 'folder' and 'hub', not for {name!r}")
     return _photos(split) if name == "photos" else _digits(split)
+
+
+def share_kept(name: str) -> float:
+    """Return how much of the shorter side of an image the evaluations of a data set use."""
+    return 1.0 if name in LIBRARY_SETS else 224 / 256
 
 
 def split_columns(columns: int) -> dict[str, range]:

@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from data.images import LIBRARY_SETS
+from data.source.kept import read_source
 from evaluators.features.encoder import Encoder, as_encoder, open_encoder, reinitialized
-from evaluators.features.extraction import LIBRARY_SETS, Extraction, features_of
+from evaluators.features.extraction import Extraction, features_of
 from evaluators.protocol import Evaluation, Features, FeaturesOf, NotApplicable
 from runtime.distributed import device, world_size
 from training.checkpoint_file import CHECKPOINT
@@ -47,7 +49,8 @@ class Request:
     split: Literal["val", "test"] = "val"
     """The split whose results are reported; settings (k, C, learning rates) are chosen on val in either case."""
     data: Path | None = None
-    """Folder of images in place of the run's own data set; retrieval and video take folders of their own kind."""
+    """Folder of images, or name of a set of the hub, in place of the run's own images; retrieval and video
+    take folders of their own kind."""
     dataset: Literal["photos", "digits", "folder", "hub"] | None = None
     """Kind of data set: by default the run's own; with --data folder, or hub for a run on images of the hub."""
     output: Path | None = None
@@ -69,6 +72,8 @@ def open_evaluation(request: Request) -> Evaluation:
     """
     _check(request)
     run = _open_run(Path(request.checkpoint))
+    if run and not request.data and run.recipe.dataset not in LIBRARY_SETS:
+        request = dataclasses.replace(request, data=read_source(Path(request.checkpoint)).data)
     if run:
         encoder = as_encoder(run.backbone, request.checkpoint, image_size=run.recipe.image_size)
     else:

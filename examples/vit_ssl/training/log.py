@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from config.recipe import load_recipe
 from runtime.distributed import gather_rows
-from storage.json_lines import parsed
+from storage.json_lines import parsed, read_rows
 from storage.whole_file import whole_file
 
 METRICS = "metrics.jsonl"
 CURVES = "tensorboard"
+QUANTILES = {"5 %": "kappa_p05", "median": "kappa_p50", "95 %": "kappa_p95"}
 
 
 def mean_statistics(micro_batches: list[dict[str, float | Tensor]], signal: int = 0) -> tuple[dict[str, float], int]:
@@ -66,6 +69,23 @@ class MetricsLog:
         self._file.close()
         if self._curves is not None:
             self._curves.close()
+
+
+def summary(output: Path) -> list[str]:
+    """Return how a run went by its metrics.jsonl, in a few lines for a person; none where it has no row."""
+    rows = read_rows(output / METRICS)
+    if not rows:
+        return []
+    first, last, size = rows[0], rows[-1], load_recipe(output / "recipe.yaml").out_dim
+    end = rows[-20:]
+    loss, speed = (sum(row[name] for row in end) / len(end) for name in ("loss", "images_per_second"))
+    lines = [f"loss: {first['loss']:.3f} at step {first['step']}, {loss:.3f} at the end; ln K is {math.log(size):.3f}"]
+    if used := last.get("prototypes_used"):
+        lines.append(f"prototypes: {used:.0f} of {size} are the largest target of some crop in the last step")
+    if "kappa_p05" in last:
+        quantiles = ", ".join(f"{text} {last[name]:.3g}" for text, name in QUANTILES.items())
+        lines.append(f"kappa of the prototypes: {quantiles}")
+    return [*lines, f"time: {last['seconds']:.0f} s in {last['step']} steps, {speed:.0f} images/s at the end"]
 
 
 def _step(line: bytes) -> float:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from config.options import Strategy
 from methods.method import Method
 from runtime.distributed import device, world_size
 from training.ema import local
 from vmf_heads.parallel import prototype_parameters, shard_prototypes
-
-Strategy = Literal["ddp", "fsdp2"]
 
 
 def parallelize(

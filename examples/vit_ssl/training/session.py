@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config.recipe import Recipe, differences, save_recipe
+from config.options import Options
+from config.recipe import Recipe, differences, load_recipe, parse_overrides, replaced, save_recipe
+from data.source.kept import Source, read_source
+from data.source.kind import kind_of
 from methods.method import Method
 from runtime.distributed import barrier, is_main, on_main, world_size
 from runtime.failure import explain
@@ -58,12 +62,51 @@ def writing(output: Path, *, resume: bool) -> Iterator[None]:
         yield
 
 
-def state_to_resume(output: Path, recipe: Recipe) -> dict[str, Any]:
-    """Return the checkpoint in `output`; raise ValueError, naming the fields, when it is of another recipe."""
-    state = load_checkpoint(output)
-    if changed := differences(recipe, state["recipe"]):
-        raise ValueError(f"the run in {str(output)!r} has another recipe:\n  " + "\n  ".join(changed))
-    return state
+class Work(NamedTuple):
+    """What a start of a run works on: said on the command line, or known to the run that it continues."""
+
+    output: Path
+    recipe: Recipe
+    source: Source
+    state: dict[str, Any] | None  # the checkpoint to continue from
+
+
+def work_of(options: Options) -> Work:
+    """Return what the command line asks for; a run that is resumed has its own recipe and images where none are named.
+
+    Unless --set names a `dataset`, it is the kind of image set that the images are of. Every process must call it.
+
+    Raises:
+        ValueError: nothing tells the recipe, or it is another one than that of the run; the message names the fields.
+        FileNotFoundError: there is no such recipe, folder of images or checkpoint.
+    """
+    output = options.output or Path()
+    state = load_checkpoint(output) if options.resume else None
+    kept = read_source(output) if options.resume else Source()
+    source = Source(options.data or kept.data, options.images_per_epoch or kept.images_per_epoch)
+    overrides = ({} if options.seed is None else {"seed": options.seed}) | parse_overrides(options.overrides)
+    if options.recipe is not None:
+        recipe = load_recipe(options.recipe, overrides)
+    elif state is not None:
+        recipe = replaced(state["recipe"], overrides)
+    else:
+        raise ValueError("`recipe` (=None) must be one that --list-recipes prints, or the path of a .yaml file")
+    if source.data is not None and "dataset" not in overrides:
+        found = _dataset(recipe, options.data) if options.data or state is None else state["recipe"].dataset
+        recipe = dataclasses.replace(recipe, dataset=found)
+    if state is not None and (changed := differences(recipe, state["recipe"])):
+        raise ValueError(
+            f"the run in {str(output)!r} has another recipe:\n  " + "\n  ".join(changed) + "\n"
+            "with --resume and --output alone it goes on with its own"
+        )
+    return Work(output, recipe, source, state)
+
+
+def _dataset(recipe: Recipe, data: Path) -> str:
+    kind = kind_of(data)
+    if kind == "hub" and not data.exists() and is_main():
+        print(f"`data` (={str(data)!r}) is no folder here, so it is taken for a set of the hub", file=sys.stderr)
+    return "stream" if kind == "hub" and recipe.dataset == "stream" else kind
 
 
 class Session:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.augment import EvalTransform
-from data.images import Images, load_images
+from data.images import Images, load_images, share_kept
 from evaluators.features import feature_cache
 from evaluators.features.encoder import Encoder
 from evaluators.protocol import Features, FeaturesOf
@@ -25,8 +25,6 @@ from runtime.distributed import is_main, on_main, rank, world_size
 from runtime.interruption import leave_process_group
 
 KINDS = ("cls", "last4", "cls+mean_patch")
-LIBRARY_SETS = ("photos", "digits")
-"""These sets of small images are used whole; photographs are cropped, as in ImageNet evaluations."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def features_of(extraction: Extraction) -> FeaturesOf:
         images = load_images(extraction.dataset, split, data=extraction.data)
         if is_main() and images.notes:
             print("\n  ".join([f"{images.split} images of {extraction.data}:", *images.notes]), file=sys.stderr)
-        keep = 1.0 if extraction.dataset in LIBRARY_SETS else 224 / 256
+        keep = share_kept(extraction.dataset)
         encoder = extraction.encoder
 
         def encode_batch(batch: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from data.images import Images
     from evaluators.features.extraction import Chunk
 
-VERSION = 3
+VERSION = 4
 """This number is raised whenever a change of the code makes the same settings give other features."""
 
 

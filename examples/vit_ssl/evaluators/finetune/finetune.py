@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.augment import EvalTransform
-from data.images import Images, load_images
+from data.images import Images, load_images, share_kept
 from evaluators.features.encoder import Encoder
-from evaluators.features.extraction import LIBRARY_SETS, assemble, extract, report_unreadable
+from evaluators.features.extraction import assemble, extract, report_unreadable
 from evaluators.finetune.classifier import Classifier, layer_decay_groups
 from evaluators.finetune.options import FinetuneOptions, check
 from evaluators.finetune.samples import FinetuneDataset, FinetuneTransform, mix, sample_batches, soft_targets
@@ -54,8 +54,7 @@ def finetune(evaluation: Evaluation, options: FinetuneOptions = DEFAULTS) -> Ite
     names = dict.fromkeys(["train", *(["val"] if len(options.lr) > 1 else []), evaluation.split])
     images = {name: load_images(evaluation.dataset, name, data=evaluation.data) for name in names}
     check(options, len(images["train"]))
-    keep = 1.0 if evaluation.dataset in LIBRARY_SETS else 224 / 256
-    transform = EvalTransform(evaluation.encoder.image_size, keep=keep)
+    transform = EvalTransform(evaluation.encoder.image_size, keep=share_kept(evaluation.dataset))
     found = {}
     for lr in options.lr:
         classifier = train(evaluation.encoder, images["train"], options, lr)
