@@ -3,7 +3,8 @@
 X is a run of pretrain.py, a folder or hub name that transformers' AutoModel opens, or an original .pth file of DINO,
 iBOT or MSN. Under torchrun all processes share the work. `evaluate.py PROTOCOL --help` lists a protocol's settings;
 `evaluate.py all` runs what the checkpoint and the data allow and writes evaluation.html and evaluation.md;
-`evaluate.py page OUTPUT` writes these two again from the rows of any number of evaluations in OUTPUT/results.jsonl.
+`evaluate.py compare RUN ...` tells whether runs are better than raw pixels, a random network and each other;
+`evaluate.py page OUTPUT` writes the page again from the rows of any number of evaluations in OUTPUT/results.jsonl.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from runtime.ending import sound_ending
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,13 +20,14 @@ import tyro
 from transformers.utils import logging as transformers_logging
 
 from config.settings import check_finite
-from evaluators.protocol import Evaluation, NotApplicable
+from evaluators.protocol import NotApplicable
 from evaluators.registry import PROTOCOLS
 from evaluators.request import Request, open_evaluation
-from reporting.paper_rows import check_paper_row
-from reporting.rows import RESULTS, Row, make_rows, print_table, read_results, save_predictions
+from reporting.paper.rows import check_paper_row
+from reporting.recording import run_protocol
+from reporting.rows import Row, print_table, read_results
+from reporting.several_runs.compare import Comparing, compare
 from runtime.distributed import is_main, process_group
-from storage.json_lines import append_rows
 
 PAPER_ROW = (
     "Model of the paper's tables to compare with, like 'ViT-S/16 DINO-vMF'; by default the one of the run's recipe."
@@ -97,37 +98,23 @@ def evaluate_all(
     return rows
 
 
-def run_protocol(name: str, evaluation: Evaluation, options: Any, request: Request) -> list[Row]:
-    """Run one protocol; return its rows, appended to results.jsonl, and write its predictions to predictions/."""
-    protocol = PROTOCOLS[name]
-    check_finite(options)
-    split = protocol.split or evaluation.split
-    common: dict[str, Any] = {"checkpoint": request.checkpoint}
-    if data := evaluation.data or evaluation.dataset:
-        common["data"] = str(data)
-    if protocol.features and evaluation.dataset:
-        common["n"] = len(evaluation.features(split).labels)  # extracted before the clock starts
-    start = time.perf_counter()
-    metrics = list(protocol.evaluate(evaluation, options))
-    common["seconds"] = round(time.perf_counter() - start, 3)
-    rows = make_rows(metrics, protocol=protocol.rows_as or name, features=request.features, split=split, **common)
-    if is_main():
-        save_predictions(evaluation.output, name, request.features, split, metrics)
-        if name == "prototypes":
-            from reporting.prototype_charts import draw_charts  # imported here because the other protocols draw nothing
-
-            draw_charts(evaluation.output / "prototypes")
-        append_rows(evaluation.output / RESULTS, rows)  # last: a row says that all the rest is there
-    return rows
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, which has a sub-command for each protocol, `all`, and `page`."""
+    """Run the command line, which has a sub-command for each protocol, `all`, `compare` and `page`."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    commands = {name: _command(name) for name in PROTOCOLS} | {"all": _all_command(), "page": _page}
+    commands = {name: _command(name) for name in PROTOCOLS} | {
+        "all": _all_command(),
+        "compare": _compare,
+        "page": _page,
+    }
     with process_group():
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
+
+
+def _compare(asked: Annotated[Comparing, tyro.conf.arg(name="")]) -> None:
+    """Raw pixels, a random network and any number of runs side by side, with paired standard errors."""
+    if text := compare(asked):
+        print(text)
 
 
 def _page(output: Path, /, checkpoint: str | None = None, paper_row: str | None = None, debug: bool = False) -> None:

@@ -10,9 +10,9 @@ import evaluate
 from config.recipe import load_recipe
 from evaluators.prototypes.tables import write_table
 from reporting.evaluation_page import write_page, write_page_again
-from reporting.paper_rows import SOURCES, ablation_row, find, paper_row_of, row_names
-from reporting.paper_sections import section
-from reporting.paper_tables import (
+from reporting.paper.rows import SOURCES, ablation_row, find, paper_row_of, row_names
+from reporting.paper.sections import section
+from reporting.paper.tables import (
     ABLATION,
     FEW_SHOT,
     FINE_TUNING,
@@ -24,7 +24,7 @@ from reporting.paper_tables import (
     VIDEO,
 )
 
-# Sums of a table's columns and its number of entries, added up from the paper's print, not from paper_tables.
+# Sums of a table's columns and its number of entries, added up from the paper's print, not from paper.tables.
 PRINTED = {
     "1": ([421.12], 6),
     "2": ([681.84, 620.40, 780.12], 27),
@@ -201,10 +201,27 @@ def test_the_page_is_whole_and_loads_nothing(output, capsys):
     markdown = (output / "evaluation.md").read_text(encoding="utf-8")
     assert "| kNN | 74.74 | 74.74 | imagenet, test, n = 50000 |" in markdown
     assert "![duplicates](prototypes/duplicates.svg)" in markdown
-    assert len(re.findall("^## Table ", markdown, re.MULTILINE)) == len(TABLES)
+    assert markdown.index("Accuracy on 50000 test images of imagenet") < markdown.index("## Table 2. ")
+    assert re.findall("^## Table (.*?)\\.", markdown, re.MULTILINE) == ["2"]  # the only one with a number
+    assert len(re.findall("^Table .*To fill it: ", markdown, re.MULTILINE)) == len(TABLES) - 1
     evaluate.main(["page", str(output), "--checkpoint", "a<b>.pth", "--paper-row", "ViT-S/16 DINO-vMF"])
     assert capsys.readouterr().out.strip() == str(path)
     assert path.read_text(encoding="utf-8") == html.replace("video: &lt;no&gt;. ", "")
+
+
+def test_a_table_of_the_paper_appears_where_it_applies(tmp_path):
+    small = [row("knn", "top1", 0.7, data="mine", n=837), row("prototypes", "prototypes", 128)]
+    small.append(row("prototypes", "unique", 100))
+    path = write_page(tmp_path, small, checkpoint="x", recipe=load_recipe("photos_dino"))
+    for text in (path.read_text(encoding="utf-8"), (tmp_path / "evaluation.md").read_text(encoding="utf-8")):
+        assert "Accuracy on 837 test images of mine" in text
+        assert "100 of 128" in text
+        assert "Table" not in text
+        assert "ImageNet" not in text
+    write_page(tmp_path, small, checkpoint="x", paper_row="ViT-S/16 DINO")  # asked for
+    markdown = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert re.findall("^## Table (.*?)\\.", markdown, re.MULTILINE) == ["2", "4"]
+    assert markdown.count("Not comparable: ") == 2
 
 
 def test_the_page_refuses(output, tmp_path_factory):

@@ -1,4 +1,4 @@
-"""One page of a checkpoint's evaluations in the shape of the paper's tables: evaluation.html and evaluation.md."""
+"""One page of a checkpoint's evaluations, our numbers first, then the paper's beside them: evaluation.html and .md."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 from config.recipe import Recipe, load_recipe
 from reporting.html_parts import chart
-from reporting.paper_rows import Row, ablation_row, check_paper_row, paper_row_of
-from reporting.paper_sections import Section, all_numbers, section
-from reporting.paper_tables import ABLATION, TABLES
+from reporting.own_tables import OwnTable, own_tables
+from reporting.paper.rows import Row, ablation_row, check_paper_row, paper_row_of
+from reporting.paper.sections import Section, all_numbers, section
+from reporting.paper.tables import ABLATION, TABLES
 from reporting.prototype_charts import draw_chart
-from reporting.rows import RESULTS, read_results
+from reporting.rows import RESULTS, markdown_table, read_results
 
 TEMPLATE = Path(__file__).parent / "templates" / "evaluation.html"
+TITLE = "How good the features are"
+PAPER = (
+    "Tables of the paper: “DINO as a von Mises-Fisher mixture model” (Govindarajan et al., ICLR 2023). Numbers are per "
+    "cent unless a count is meant; a dash: no number."
+)
 CAPTIONS = {
     "duplicates": "Figures 6 and 7: prototypes that repeat no other one, and the largest set of duplicates.",
     "void": "Where prototypes lie. A void set stands at 1: chosen by no image, and pushed away from all of them.",
@@ -36,6 +43,9 @@ def write_page(
 ) -> Path:
     """Write OUTPUT/evaluation.html and OUTPUT/evaluation.md; returns the path of the first.
 
+    They begin with our numbers in plain words. A table of the paper follows where it has a number that can be compared
+    with the paper's; with `paper_row`, wherever there is a number.
+
     Args:
         output: where the evaluation wrote, too: its charts are taken from OUTPUT/prototypes/.
         rows: those of results.jsonl; of several for one cell the last counts.
@@ -53,11 +63,28 @@ def write_page(
     sections = [
         section(table, rows, of_ablation if table is ABLATION else reference, left_out or {}) for table in TABLES
     ]
-    facts = _facts(rows, checkpoint, recipe, reference)
-    (output / "evaluation.md").write_text(_markdown(facts, sections, output, rows), encoding="utf-8")
+    shown = [found for found in sections if not found.empty and (found.comparable or paper_row)]
+    parts = _Parts(
+        _facts(rows, checkpoint, recipe, reference),
+        own_tables(rows, checkpoint),
+        shown,
+        [f"{found.title}: {found.notes[0]}" for found in sections if found.empty and (shown or paper_row)],
+        all_numbers(rows),
+    )
+    (output / "evaluation.md").write_text(_markdown(parts, output), encoding="utf-8")
     path = output / "evaluation.html"
-    path.write_text(_html(facts, sections, output, rows), encoding="utf-8")
+    path.write_text(_html(parts, output), encoding="utf-8")
     return path
+
+
+class _Parts(NamedTuple):
+    """What is on a page, from top to bottom."""
+
+    facts: list[tuple[str, str]]
+    own: list[OwnTable]
+    paper: list[Section]
+    missing: list[str]  # tables of the paper without a number, and how to fill them
+    numbers: list[list[str]]
 
 
 def _facts(rows: Sequence[Row], checkpoint: str, recipe: Recipe | None, reference: str | None) -> list[tuple[str, str]]:
@@ -66,30 +93,31 @@ def _facts(rows: Sequence[Row], checkpoint: str, recipe: Recipe | None, referenc
         model = f"{recipe.num_hidden_layers} blocks, width {recipe.hidden_size}, patches of {recipe.patch_size} px"
         facts.append(("pretrained with", f"{recipe.name}: {recipe.method}, {recipe.epochs} epochs on {recipe.dataset}"))
         facts.append(("model", f"{model}, {recipe.out_dim} prototypes"))
-    facts.append(("row of the paper", reference or "none"))
+    if reference:
+        facts.append(("row of the paper", reference))
     if rows:
         first, *_, last = sorted([row["date"][:10] for row in rows] * 2)
         facts.append(("evaluated", first if first == last else f"{first} to {last}"))
     return facts
 
 
-def _markdown(facts: list[tuple[str, str]], sections: list[Section], output: Path, rows: Sequence[Row]) -> str:
-    def table(lines: list[list[str]]) -> str:
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-        rule = ["---"] * len(lines[0])
-        return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
-
-    parts = ["# Evaluation in the shape of the paper's tables", "\n".join(f"- {name}: {text}" for name, text in facts)]
-    for found in sections:
-        parts += [f"## {found.title}", table([found.head, *found.rows]), *found.notes]
+def _markdown(parts: _Parts, output: Path) -> str:
+    lines = [f"# {TITLE}", "\n".join(f"- {name}: {text}" for name, text in parts.facts)]
+    for own in parts.own:
+        lines += [f"## {own.title}", markdown_table(own.lines), *own.notes]
+    if parts.paper:
+        lines.append(PAPER)
+    for found in parts.paper:
+        lines += [f"## {found.title}", markdown_table([found.head, *found.rows]), *found.notes]
     for name, caption in CAPTIONS.items():
         if (output / "prototypes" / f"{name}.svg").is_file():
-            parts += [f"![{name}](prototypes/{name}.svg)", caption]
-    parts += ["## All numbers", table(all_numbers(rows))]
-    return "\n\n".join(parts) + "\n"
+            lines += [f"![{name}](prototypes/{name}.svg)", caption]
+    if parts.missing:
+        lines += ["## Tables of the paper without a number", *parts.missing]
+    return "\n\n".join([*lines, "## All numbers", markdown_table(parts.numbers)]) + "\n"
 
 
-def _html(facts: list[tuple[str, str]], sections: list[Section], output: Path, rows: Sequence[Row]) -> str:
+def _html(parts: _Parts, output: Path) -> str:
     def table(lines: list[list[str]]) -> str:
         head = "".join(f"<th>{escape(cell)}</th>" for cell in lines[0])
         body = "".join(
@@ -98,21 +126,34 @@ def _html(facts: list[tuple[str, str]], sections: list[Section], output: Path, r
         )
         return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
-    tables = ""
-    for found in sections:
-        notes = "".join(f"<p class='caption'>{_with_code(note)}</p>" for note in found.notes)
+    def captions(notes: list[str]) -> str:
+        return "".join(f"<p class='caption'>{_with_code(note)}</p>" for note in notes)
+
+    own = "".join(
+        f"<section class='own'><h2>{escape(found.title)}</h2>{table(found.lines)}"
+        f"{''.join(f'<p>{_with_code(note)}</p>' for note in found.notes)}</section>"
+        for found in parts.own
+    )
+    paper = f"<section><p>{escape(PAPER)}</p></section>" if parts.paper else ""
+    for found in parts.paper:
         whole = f"<details><summary>The paper's whole table</summary>{table(found.paper)}</details>"
-        tables += f"<section><h2>{escape(found.title)}</h2>{table([found.head, *found.rows])}{notes}{whole}</section>"
+        lines = table([found.head, *found.rows])
+        paper += f"<section><h2>{escape(found.title)}</h2>{lines}{captions(found.notes)}{whole}</section>"
     charts = ""
     for name, caption in CAPTIONS.items():
         if draw_chart(output / "prototypes", name):
             drawn = chart(lambda dark, name=name: draw_chart(output / "prototypes", name, dark=dark), caption)
             charts += f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
+    missing = ""
+    if parts.missing:
+        missing = f"<section><h2>Tables of the paper without a number</h2>{captions(parts.missing)}</section>"
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        facts="".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in facts),
-        tables=tables,
-        charts=charts or "<p>No prototypes were analysed.</p>",
-        numbers=table(all_numbers(rows)),
+        title=TITLE,
+        facts="".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in parts.facts),
+        tables=own + paper,
+        charts=f"<section><h2>Charts of the prototypes</h2>{charts}</section>" if charts else "",
+        missing=missing,
+        numbers=table(parts.numbers),
     )
 
 

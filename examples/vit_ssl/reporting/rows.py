@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from storage.json_lines import Row, read_rows
 from storage.whole_file import whole_file
 
 RESULTS = "results.jsonl"
-NOTES = ("k", "C", "lr", "sd", "draws", "cosine")  # shown in the table where a row has them
+NOTES = ("k", "C", "lr", "sd", "se", "draws", "cosine")  # shown in the table where a row has them
 
 
 def make_rows(metrics: Iterable[Metric], **common: Any) -> list[Row]:
@@ -42,6 +42,18 @@ def save_predictions(output: Path, protocol: str, features: str, split: str, met
         name = f"{protocol}-{features}-{split}" + (f"-{metric.name}" if number else "")
         with whole_file(folder / f"{name}.npy") as file:
             np.save(file, metric.predictions)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first line is its head."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rule = ["---"] * len(escaped[0])
+    return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], rule, *escaped[1:]])
+
+
+def read_predictions(output: Path, protocol: str, features: str, split: str) -> np.ndarray:
+    """Return the predicted labels (N,) that `save_predictions` wrote of the first metric."""
+    return np.load(output / "predictions" / f"{protocol}-{features}-{split}.npy")
 
 
 def print_table(rows: Iterable[Row]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config.recipe import Recipe
-from reporting.paper_tables import (
+from reporting.paper.tables import (
     ABLATION,
     FEW_SHOT,
     FINE_TUNING,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from reporting.paper_rows import HOW, SOURCES, Row, Source, data_name, find, is_imagenet
-from reporting.paper_tables import ABLATION, FEW_SHOT, IMAGENET, TRANSFER, UTILISATION, Number, PaperTable
+from reporting.paper.rows import HOW, SOURCES, Row, Source, data_name, find, is_imagenet
+from reporting.paper.tables import ABLATION, FEW_SHOT, IMAGENET, TRANSFER, UTILISATION, Number, PaperTable
 
 
 class Section(NamedTuple):
@@ -17,6 +17,8 @@ class Section(NamedTuple):
     rows: list[list[str]]
     notes: list[str]
     paper: list[list[str]]  # the paper's whole table, its head first
+    empty: bool  # nothing was measured
+    comparable: bool  # on the data and with the size of model that the paper has
 
 
 def section(table: PaperTable, rows: Sequence[Row], reference: str | None, left_out: Mapping[str, str]) -> Section:
@@ -41,30 +43,32 @@ def section(table: PaperTable, rows: Sequence[Row], reference: str | None, left_
     for name, numbers in table.rows.items():
         spread = table.deviations.get(name, (None,) * len(numbers))
         whole.append([name, *(number(n, sd, table.digits) for n, sd in zip(numbers, spread, strict=True))])
-    notes = _notes(table, rows, found, bool(of_paper), left_out)
-    return Section(f"Table {table.number}. {table.title}", head, lines, notes, whole)
+    differs = _not_comparable(table, rows, found)
+    notes = [*_notes(table, found, bool(of_paper), left_out), *([differs] if differs else [])]
+    title, empty = f"Table {table.number}. {table.title}", not values
+    return Section(title, head, lines, notes, whole, empty, not empty and not differs)
 
 
-def _notes(
-    table: PaperTable, rows: Sequence[Row], found: Mapping[str, Row | None], matched: bool, left_out: Mapping[str, str]
-) -> list[str]:
+def _notes(table: PaperTable, found: Mapping[str, Row | None], matched: bool, left_out: Mapping[str, str]) -> list[str]:
     notes = []
     missing = [column for column, row in found.items() if row is None]
     if missing:
         which = "Nothing was measured" if len(missing) == len(found) else f"Not measured: {', '.join(missing)}"
         reasons = {left_out[name] for column in missing if (name := SOURCES[table.number][column].protocol) in left_out}
         notes.append(". ".join([which, *sorted(reasons), f"To fill it: {HOW[table.number]}"]) + ".")
-    k = find(rows, Source("prototypes", "prototypes"))
-    if table is UTILISATION and k and k["value"] != 65_536:
-        notes.append(f"Not comparable: the paper's models have 65536 prototypes, this one {k['value']}.")
     if not matched and len(missing) < len(found):
         notes.append("The paper has no row for this checkpoint, or none is known: --paper-row names one.")
+    return notes
+
+
+def _not_comparable(table: PaperTable, rows: Sequence[Row], found: Mapping[str, Row | None]) -> str:
+    k = find(rows, Source("prototypes", "prototypes"))
+    if table is UTILISATION and k and k["value"] != 65_536:
+        return f"Not comparable: the paper's models have 65536 prototypes, this one {k['value']}."
     elsewhere = {measured_on(row) for row in found.values() if row and not is_imagenet(row)}
     if table in (ABLATION, IMAGENET, FEW_SHOT) and elsewhere:
-        notes.append(
-            f"Not comparable: the paper's numbers are on ImageNet, these on {' and '.join(sorted(elsewhere))}."
-        )
-    return notes
+        return f"Not comparable: the paper's numbers are on ImageNet, these on {' and '.join(sorted(elsewhere))}."
+    return ""
 
 
 def number(value: Number, deviation: Number, digits: int) -> str:

@@ -1,0 +1,101 @@
+"""What the page of an evaluation leads with: our numbers, in the words of somebody who does not know the paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reporting.several_runs.comparison import Difference, sentence
+
+Row = Mapping[str, Any]
+MODELS = {"pixels": "raw pixels", "random": "a random network", "teacher": "this model"}
+WORDS = {
+    ("knn", "top1"): "kNN",
+    ("linear", "top1"): "linear probe",
+    ("linear", "top1_C"): "linear probe on [CLS]",
+    ("linear", "top1_D"): "linear probe as DINO's",
+    ("fewshot", "1percent"): "1 % of the labels",
+    ("transfer", "top1"): "linear probe, cross-validated",
+    ("transfer", "per_class"): "the same, mean over classes",
+    ("finetune", "top1"): "fine-tuned",
+    ("finetune", "per_class"): "fine-tuned, mean over classes",
+}
+COMPARE = "compare"
+"""The protocol of rows that hold a difference between two models."""
+
+
+class OwnTable(NamedTuple):
+    """A table of the page, its head first, and what can be said about it."""
+
+    title: str
+    lines: list[list[str]]
+    notes: list[str]
+
+
+def own_tables(rows: Sequence[Row], checkpoint: str) -> list[OwnTable]:
+    """Return a table of accuracies for each data set and split, and one of the prototypes; none without numbers.
+
+    `rows` are those of results.jsonl for this checkpoint; of several for one cell the last counts.
+    """
+    places = dict.fromkeys((row.get("data", ""), row["split"]) for row in rows if _column(row))
+    tables = [
+        _accuracies([row for row in rows if (row.get("data", ""), row["split"]) == place], place, checkpoint)
+        for place in places
+    ]
+    return tables + _prototypes({row["metric"]: row["value"] for row in rows if row["protocol"] == "prototypes"})
+
+
+def difference_row(difference: Difference) -> tuple[str, float, dict[str, Any]]:
+    """Return name, value and options of the metric that results.jsonl keeps of a difference."""
+    a, b, protocol, value, error = difference
+    return f"{protocol} minus {b}", value, {"a": a, "b": b, "of": protocol, "se": error}
+
+
+def _accuracies(rows: Sequence[Row], place: tuple[str, str], checkpoint: str) -> OwnTable:
+    cells = {(row.get("features", "teacher"), column): _cell(row) for row in rows if (column := _column(row))}
+    columns = list(dict.fromkeys(column for _, column in cells))
+    models = [features for features in MODELS if any(features == other for other, _ in cells)]
+    lines = [["", *(f"{column}, %" for column in columns)]]
+    lines += [[MODELS[name], *(cells.get((name, column), "–") for column in columns)] for name in models]
+    compared = {row["metric"]: row for row in rows if row["protocol"] == COMPARE}
+    said = [
+        sentence(Difference("this model", row["b"], row["of"], row["value"], row["se"])) for row in compared.values()
+    ]
+    notes = [f"{text[0].upper()}{text[1:]}." for text in said]
+    if not compared:
+        notes.append(f"Whether it is better than raw pixels: `evaluate.py compare {checkpoint}`.")
+    data, split = place
+    counts = sorted({row["n"] for row in rows if _column(row) and row.get("n")})
+    size = f"{counts[0]} " if len(counts) == 1 else ""
+    return OwnTable(f"Accuracy on {size}{split} images{f' of {Path(data).name}' if data else ''}", lines, notes)
+
+
+def _prototypes(counted: Mapping[str, Any]) -> list[OwnTable]:
+    if "prototypes" not in counted:
+        return []
+    total = counted["prototypes"]
+    words = {
+        "used_targets": "are the target of some train image",
+        "used_logits": "are the most probable one of some train image",
+        "unique": "are no duplicates of each other (cosine above 0.9)",
+    }
+    lines = [["of the prototypes", ""]]
+    lines += [[text, f"{counted[name]} of {total}"] for name, text in words.items() if name in counted]
+    if "kappa_p05" in counted:
+        quantiles = (counted[f"kappa_{name}"] for name in ("p05", "p50", "p95"))
+        lines.append(["have κ (5 %, median, 95 %)", ", ".join(f"{value:.3g}" for value in quantiles)])
+    return [OwnTable("Prototypes", lines, [])]
+
+
+def _column(row: Row) -> str:
+    if row["protocol"] == "fewshot" and row["metric"].endswith("-shot"):
+        return f"{row['metric'].removesuffix('-shot')} labels a class"
+    return WORDS.get((row["protocol"], row["metric"]), "")
+
+
+def _cell(row: Row) -> str:
+    value, n = row["value"], row.get("n")
+    error = row["sd"] if "sd" in row else math.sqrt(value * (1 - value) / n) if n else None
+    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
