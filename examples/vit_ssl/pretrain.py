@@ -6,8 +6,8 @@
 writes recipe.yaml, metrics.jsonl (a row per step), checkpoint.pt and, at the end, the teacher's backbone as a
 transformers model in backbone/ and the heads in heads/. --data takes images of your own; --list-recipes and --explain
 FIELD tell what there is to choose. SIGTERM or Ctrl-C saves and stops; --resume --output RUN continues at that very
-step, with any number of processes. With the same number (of a stream's loader
-processes, too) and on CPUs it gives bit for bit the losses of an uninterrupted run.
+step, with any number of processes. With the same number (of a stream's loader processes, too) and on CPUs it gives bit
+for bit the losses of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def train(options: Options) -> None:
     session.begin(method, optimizer, state)
     keep_inventory(images, output)
     if is_main():
-        keep_source(output, source, look_at(images, recipe) if session.step == 0 else None)
+        keep_source(output, source)  # before the look at the images, which takes seconds
+        if session.step == 0:
+            keep_source(output, source, look_at(images, recipe))
     del state
     if is_main():
         processes = f", {world_size()} processes, {options.strategy}" if world_size() > 1 else ""

@@ -12,7 +12,7 @@ from PIL import Image
 import evaluate
 from config.recipe import load_recipe
 from data.source.kept import Source, keep_source
-from evaluators.request import ExtractOptions
+from evaluators.request import ExtractOptions, Request, open_evaluation
 from methods.registry import build_method
 from reporting.own_tables import difference_row, own_tables
 from reporting.several_runs.compare import Comparing, compare
@@ -120,6 +120,14 @@ def test_runs_are_compared_on_the_images_that_they_know(runs, tmp_path, capsys):
         page.index("| raw pixels |") < page.index("| this model |") < page.index("This model and a random network are")
     )
     assert "Table" not in page
+
+
+def test_a_run_knows_its_images_unless_they_are_gone(runs, tmp_path):
+    found = open_evaluation(Request(str(runs / "first")))
+    assert (found.dataset, found.data) == ("folder", runs / "images")
+    shutil.copytree(runs / "first", tmp_path / "first")
+    keep_source(tmp_path / "first", Source(tmp_path / "gone"))
+    assert open_evaluation(Request(str(tmp_path / "first"))).dataset is None  # its prototypes can still be evaluated
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):

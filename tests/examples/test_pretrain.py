@@ -337,6 +337,7 @@ def test_a_folder_is_enough_and_a_run_is_resumed_from_itself_alone(
     assert said.startswith("40 images in 2 classes, 20 in each\n  40 of them looked at: 20 x 20 px; modes: RGB 40\n")
     assert "loss: " in said
     assert "of 32 are the largest target" in said
+    assert "in whole: backbone/ (the teacher's, for AutoModel and AutoImageProcessor), heads/, metrics.jsonl" in said
     assert said.splitlines()[-1].endswith("evaluate.py compare parts")
     monkeypatch.chdir("/")
     pretrain.main(Options(output=tmp_path / "parts", resume=True))

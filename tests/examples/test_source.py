@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from config.recipe import load_recipe
-from data.images import load_images
+from data.images import Images, load_images
 from data.source.check import check_images, lines, look_at
 from data.source.kept import DATA, Source, keep_source, read_source
 from data.source.kind import kind_of
@@ -66,10 +66,11 @@ def test_a_large_set_is_not_opened_as_a_whole(folder: Path, monkeypatch: pytest.
 
 
 def test_sets_without_files_are_looked_at_too(capsys: pytest.CaptureFixture[str]) -> None:
-    look_at(load_images("digits", "train"), RECIPE)
+    labels = np.repeat([0, 1], [400, 200])
+    look_at(Images("digits", "train", ["even", "odd"], labels, [Image.new("L", (32, 32))] * 600), RECIPE)
     assert capsys.readouterr().out.splitlines() == [
-        "1077 images in 10 classes, 104 (8) to 109 (1) in each",
-        "  500 of them looked at: 32 x 32 px; modes: RGB 500",
+        "600 images in 2 classes, 200 (odd) to 400 (even) in each",
+        "  500 of them looked at: 32 x 32 px; modes: L 500",
     ]
 
 

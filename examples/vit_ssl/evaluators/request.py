@@ -73,7 +73,9 @@ def open_evaluation(request: Request) -> Evaluation:
     _check(request)
     run = _open_run(Path(request.checkpoint))
     if run and not request.data and run.recipe.dataset not in LIBRARY_SETS:
-        request = dataclasses.replace(request, data=read_source(Path(request.checkpoint)).data)
+        kept = read_source(Path(request.checkpoint)).data
+        if kept and (kept.is_dir() or not kept.is_absolute()):  # not a folder that is gone
+            request = dataclasses.replace(request, data=kept)
     if run:
         encoder = as_encoder(run.backbone, request.checkpoint, image_size=run.recipe.image_size)
     else:

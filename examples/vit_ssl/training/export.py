@@ -41,11 +41,13 @@ def export(output: Path, push_to_hub: str | None = None, *, program: bool = Fals
         backbone.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_checksums(folder)
-    print(f"the teacher's backbone is in {output / 'backbone'}")
     for name, head in heads.items():
         with whole_folder(output / "heads" / name) as folder:
             head.save_pretrained(folder)
             write_checksums(folder)
+    written = ["backbone/ (the teacher's, for AutoModel and AutoImageProcessor)"]
+    written += [f"{PROGRAM} (for torch.export.load)"] * program + ["heads/"] * bool(heads)
+    print(f"in {output}: {', '.join(written)}, metrics.jsonl, checkpoint.pt")
     if push_to_hub is not None:
         backbone.push_to_hub(push_to_hub)
         processor.push_to_hub(push_to_hub)

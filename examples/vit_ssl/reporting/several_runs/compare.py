@@ -57,7 +57,7 @@ def compare(asked: Comparing) -> str:
         )
         for run in asked.runs
     ]
-    names = [Path(run).name for run in asked.runs]
+    names = [Path(run).resolve().name for run in asked.runs]
     names = names if len(set(names)) == len(names) else list(asked.runs)
     opened = [open_evaluation(request) for request in requests]
     labels = opened[0].features(asked.split).labels
