@@ -1,6 +1,7 @@
 """Where the images of a run come from: found out, looked at, and kept with the run."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,19 @@ def test_what_is_found_in_a_folder(folder: Path, capsys: pytest.CaptureFixture[s
         "  images in several classes, with the same name and content: 1",
         "  images that share their name with another one of their class, but for the type: 2",
     ]
+
+
+def test_names_may_be_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"latin-\xe9")
+    (tmp_path / "images" / name).mkdir(parents=True)
+    (tmp_path / "images" / name / f"{name}.png").write_bytes(b"no image")
+    found = look_at(load_images("folder", "train", data=tmp_path / "images"), RECIPE)
+    assert capsys.readouterr().out.splitlines() == [
+        "1 images in 1 classes, 1 in each",
+        "  cannot be read: 1 of those (latin-\\udce9/latin-\\udce9.png)",
+    ]
+    keep_source(tmp_path, Source(tmp_path / "images" / name), found)
+    assert read_source(tmp_path).data == tmp_path / "images" / name
 
 
 def test_a_large_set_is_not_opened_as_a_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,8 @@ def look_at(images: Images | ImageStream, recipe: Recipe) -> dict[str, Any] | No
     if not isinstance(images, Images):
         return None
     found = check_images(images)
-    print("\n  ".join(lines(found, recipe)))
+    text = "\n  ".join(lines(found, recipe))
+    print(text.encode(errors="backslashreplace").decode())  # names of files may be no text
     return found
 
 
