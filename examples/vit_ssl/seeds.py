@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from config.cards import METHODS
 from config.recipe import Recipe, load_recipe
 from data.images import load_images
 from reporting.demo_table import ACCURACIES, RUNS, is_evaluated, paired_difference, read_rows
@@ -27,7 +28,6 @@ from runtime.lanes import Job, run_lanes
 
 SCRIPTS = Path(__file__).parent
 RANDOM = "randomly initialised ViT"
-METHODS = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN"}
 # What two recipes must share so that one untrained network is the baseline of both.
 SHARED = ("dataset", "image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 SHARED += ("initializer_range",)

@@ -331,6 +331,7 @@ def test_a_folder_is_enough_and_a_run_is_resumed_from_itself_alone(
         Image.new("RGB", (20, 20), (index, 0, 0)).save(tmp_path / "data" / "ab"[index % 2] / f"{index}.png")
     tiny = tuple(setting for setting in TINY if not setting.startswith("dataset"))  # the recipe's is photos
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.source.check.SECONDS", math.inf)
     pretrain.main(Options("photos_dino_vmf", Path("whole"), data=Path("data"), overrides=tiny))
     pretrain.main(Options("photos_dino_vmf", Path("parts"), data=Path("data"), overrides=tiny, max_steps=1))
     said = capsys.readouterr().out

@@ -17,6 +17,11 @@ from data.source.kind import kind_of
 RECIPE = load_recipe("photos_dino_vmf")
 
 
+@pytest.fixture(autouse=True)
+def _however_slow_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.source.check.SECONDS", float("inf"))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """One image is unreadable, two are grey, and one is in both classes under its name."""
@@ -77,6 +82,8 @@ def test_a_large_set_is_not_opened_as_a_whole(folder: Path, monkeypatch: pytest.
     assert (found["looked_at"], found["images"]) == (4, 16)
     assert found == check_images(images)  # the same four
     assert "4 of them looked at" in lines(found, RECIPE)[1]
+    monkeypatch.setattr("data.source.check.SECONDS", -1)
+    assert check_images(images)["looked_at"] == 1
 
 
 def test_sets_without_files_are_looked_at_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ _SHIFT = -np.array(MEAN, np.float32) / np.array(STD, np.float32)
 Range = tuple[float, float]
 
 STRIP = 50
-"""Of an image that is so many times as long as it is wide evaluation sees the middle part only."""
+"""Evaluation cuts an image that is longer than so many times its width to that, before it resizes what is left."""
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -167,8 +167,9 @@ class EvalTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the image as a normalised float32 tensor (3, size, size)."""
         short = min(image.size)
-        if max(image.size) > STRIP * short:  # or all of it would be enlarged
-            image = ImageOps.fit(image, [min(side, STRIP * short) for side in image.size])
+        if max(image.size) > STRIP * short:  # resized as a whole, it could take gigabytes
+            width, height = (min(side, STRIP * short) for side in image.size)
+            image = ImageOps.fit(image, (width, height))
         width, height = (int(self.resized * side / short) for side in image.size)
         x, y = (width - self.size) // 2, (height - self.size) // 2
         whole = image.resize((width, height), Image.Resampling.BICUBIC)
