@@ -226,7 +226,7 @@ def test_evaluation_takes_the_centre():
     assert levels[:, [0, -1], 0].min() > 200  # PIL's bicubic filter looks a little beyond the box
     strip = Image.new("RGB", (50_000, 1), (0, 0, 255))
     strip.putpixel((25_000, 0), (255, 0, 0))
-    assert grey_levels(EvalTransform(100)(strip))[:, 50, 0].max() > 200  # without gigabytes on the way
+    assert grey_levels(EvalTransform(100)(strip))[50, 99, 0] > 200  # without gigabytes on the way
     half = grey_levels(EvalTransform(20, keep=0.5)(gradient(20, 20)))
     assert np.allclose(half[10, :, 0], np.linspace(4.75, 14.25, 20), atol=0.6)  # the 10 px in the middle
 
