@@ -17,8 +17,8 @@ class Section(NamedTuple):
     rows: list[list[str]]
     notes: list[str]
     paper: list[list[str]]  # the paper's whole table, its head first
-    empty: bool  # nothing was measured
-    comparable: bool  # on the data and with the size of model that the paper has
+    empty: bool = False  # nothing was measured
+    comparable: bool = True  # on the data and with the size of model that the paper has
 
 
 def section(table: PaperTable, rows: Sequence[Row], reference: str | None, left_out: Mapping[str, str]) -> Section:
