@@ -14,7 +14,8 @@ All of this is sums over k. Where the prototypes are cut over ranks, each rank s
 them. Its softmax is one over a part, which a `share` per row corrects: exp(logsumexp of the part - that of all). An
 exchange (_shards.py) adds up what belongs to rows; what belongs to prototypes stays where it is.
 W may be given as directions and scales; then no product needs W itself (`WeightNormed`). The functions at the end do
-the elementwise work between the products, from products to probabilities, in no memory but the given buffers.
+the elementwise work between the products, from products to probabilities, in no memory but the given buffers. What
+is one number per row or per prototype, as the sum that a softmax divides by, goes to a narrow operand of the product.
 """
 
 from __future__ import annotations
@@ -31,16 +32,22 @@ from torch.autograd import Function
 from ._compiled import is_plain_eager
 from ._once import once_differentiable
 from ._shards import Exchange
-from ._weight_normed import WeightNormed, add_average, take_peaks_
+from ._weight_normed import Peaks, WeightNormed, add_average, take_peaks_
 from .prototypes import HeadOutput
 
-Wanted = tuple[bool, bool, bool, bool]  # of the gradients of features, directions, scales and bias
+Wanted = tuple[bool, bool, bool]  # of the gradients of features, directions and scales
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Everything in `prototype_cross_entropy` that carries no gradient."""
+    """Everything in `prototype_cross_entropy` that carries no gradient.
 
+    The student's bias b = log C_p does depend on the prototypes. Its derivative is `bias_slope` (K,): db/dw = slope w,
+    and of a scale g alike db/dg = slope g. None: b is constant.
+    """
+
+    bias: Tensor | None
+    bias_slope: Tensor | None
     teacher: HeadOutput
     teacher_temperature: float
     student_temperature: float
@@ -55,23 +62,27 @@ class Distillation:
 
 
 class ChunkedCrossEntropy(Function):
-    """(loss, log_sum) of student features (Ns, p), directions (K, p), scales (K,) and bias (K,).
+    """(loss, log_sum) of student features (Ns, p), directions (K, p) and scales (K,).
 
     `wanted` says which of their gradients to make, in the forward pass. Where the prototypes are cut over ranks, v, the
-    scales, b and log_sum are of this rank's, and their gradients those of the mean of the losses of these ranks.
+    scales, the bias and log_sum are of this rank's, and their gradients those of the mean of the losses of these ranks.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, v: Tensor, scales: Tensor | None, b: Tensor | None, d: Distillation, wanted: Wanted
+        ctx: Any, y: Tensor, v: Tensor, scales: Tensor | None, d: Distillation, wanted: Wanted
     ) -> tuple[Tensor, Tensor]:
-        total = _Accumulator(v, wanted)
+        wants_norms = wanted[1 if scales is None else 2]
+        total = _Accumulator(v, wanted, wants_db=d.bias_slope is not None and wants_norms)
         w = WeightNormed(v, scales, d.product_dtype)
         teacher = WeightNormed(d.teacher.directions, d.teacher.scales, d.product_dtype)
-        loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, b, d, teacher, total).sum()
-        dv, dscales = (None, None) if total.dw is None else w.gradients_(total.dw, wanted[1:3])
+        loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, d, teacher, total).sum()
+        dv, dscales = (None, None)
+        if (dw := total.finished_dw()) is not None:
+            along_w = None if total.db is None or d.bias_slope is None else total.db * d.bias_slope
+            dv, dscales = w.gradients_(dw, along_w, wanted[1:])
         # With what backward passes have multiplied the gradients by so far.
-        ctx.save_for_backward(total.dy, dv, dscales, total.db, torch.ones_like(loss))
+        ctx.save_for_backward(total.dy, dv, dscales, torch.ones_like(loss))
         ctx.mark_non_differentiable(total.log_sum)
         ctx.exchange = d.students
         return loss, total.log_sum
@@ -114,21 +125,30 @@ def _is_batched(grad: Tensor) -> bool:
 class _Accumulator:
     """The sums that chunks add to: gradients where `wanted`, and the teacher's statistics."""
 
-    def __init__(self, v: Tensor, wanted: Wanted) -> None:
+    def __init__(self, v: Tensor, wanted: Wanted, *, wants_db: bool) -> None:
         self.wants_dy = wanted[0]
         self.dy: Tensor | None = None
-        self.dw = torch.zeros_like(v) if wanted[1] or wanted[2] else None
-        self.db = v.new_zeros(len(v)) if wanted[3] else None
+        self.dw = torch.empty_like(v) if wanted[1] or wanted[2] else None
+        self._dw_is_empty = True
+        self.db = v.new_zeros(len(v)) if wants_db else None
         self.log_sum = v.new_full((len(v),), -torch.inf)
+
+    def add_dw(self, p: Tensor, x: Tensor, dtype: torch.dtype | None, peaks: Peaks | None) -> None:
+        """Add p' x (K, p) for p (c, K); the first one is written to fresh memory, which saves filling it with zeros."""
+        if self.dw is not None:
+            add_average(self.dw, p, x, dtype, peaks, is_empty=self._dw_is_empty)
+            self._dw_is_empty = False
+
+    def finished_dw(self) -> Tensor | None:
+        """The gradient of the prototypes; zeros after no row at all."""
+        return self.dw.zero_() if self.dw is not None and self._dw_is_empty else self.dw
 
     def begin_rows(self, y: Tensor) -> None:
         """Of the rows y that come now, of all ranks, the gradients are to be summed."""
         self.dy = torch.zeros_like(y) if self.wants_dy else None
 
 
-def _any_position(
-    y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator
-) -> Tensor:
+def _any_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightNormed, total: _Accumulator) -> Tensor:
     """The weighted losses (Ns,). Six products per row: three of every student row, three of every teacher row."""
     assert d.teacher_rows is not None
     none = d.teacher_rows < 0
@@ -154,10 +174,10 @@ def _any_position(
     total.begin_rows(all_y)
     log_sums = torch.empty_like(all_row_weight)
     for chunk in student_chunks:
-        p, part = _predictions_(w.products(all_y[chunk] / tau, buffer), w.late_factor, b)
+        p, divisor, part = _predictions_(w.products(all_y[chunk] / tau, buffer), w.late_factor, d.bias)
         log_sums[chunk] = d.students.logsumexp(part)
-        share = _share(d.students, part, log_sums[chunk])
-        _add_gradients(total, d.students, chunk, p, all_y[chunk], w, all_row_weight[chunk], share, tau, peaks=True)
+        rest = _times(divisor.reciprocal(), _share(d.students, part, log_sums[chunk]))
+        _add_gradients(total, d.students, chunk, p, all_y[chunk], w, all_row_weight[chunk] * rest, tau, peaks=True)
     losses = row_weight * d.students.own(log_sums)
     if total.dy is not None:
         total.dy = d.students.sum_own(total.dy)
@@ -166,14 +186,14 @@ def _any_position(
     mean_bias = y.new_zeros(len(all_z))  # T b
     for chunk in teacher_chunks:
         targets, share = _teacher_targets(d, teacher, all_z[chunk], total, buffer.chunk(buffers))
-        if b is not None:
-            mean_bias[chunk] = _times(targets @ b, share)
+        if d.bias is not None:
+            mean_bias[chunk] = _times(targets @ d.bias, share)
         if total.db is not None:
             total.db.sub_(_times(all_target_weight[chunk], share) @ targets, alpha=1 / d.students.ranks)
         peaks = take_peaks_(targets) if w.dtype is not None else None
         if total.dw is not None:
             features = _times(all_target_features[chunk], share) / (-tau * d.students.ranks)
-            add_average(total.dw, targets, features, w.dtype, peaks)
+            total.add_dw(targets, features, w.dtype, peaks)
         mean_prototype[chunk] = _times(w.average_(targets, peaks), share)
     mean_prototype, mean_bias = d.teachers.sum_own(mean_prototype), d.teachers.sum_own(mean_bias)
 
@@ -186,9 +206,7 @@ def _any_position(
     return losses
 
 
-def _same_position(
-    y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator
-) -> Tensor:
+def _same_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightNormed, total: _Accumulator) -> Tensor:
     """The weighted losses (Ns,). Four products per row: two for the logits, and P - T with prototypes and features."""
     tau, exchange = d.student_temperature, d.students
     row_weight = y.new_ones(len(y)) if d.weights is None else d.weights[:, 0].to(y.dtype)
@@ -202,9 +220,10 @@ def _same_position(
         if share is not None:
             targets.mul_(share[:, None])
         products = w.products(y[chunk] / tau, first)
-        difference, cross_entropy = _differences_(products, w.late_factor, b, targets, third[: len(targets)], exchange)
+        result = third[: len(targets)]
+        difference, cross_entropy = _differences_(products, w.late_factor, d.bias, targets, result, exchange)
         losses[chunk] = row_weight[chunk] * cross_entropy
-        _add_gradients(total, exchange, chunk, difference, y[chunk], w, row_weight[chunk], None, tau, peaks=False)
+        _add_gradients(total, exchange, chunk, difference, y[chunk], w, row_weight[chunk], tau, peaks=False)
     if total.dy is not None:
         total.dy = exchange.sum_own(total.dy)
     return exchange.sum_own(losses)
@@ -218,23 +237,20 @@ def _add_gradients(
     y: Tensor,
     w: WeightNormed,
     weight: Tensor,
-    share: Tensor | None,
     tau: float,
     *,
     peaks: bool,
 ) -> None:
-    """Add what logit gradients weight_i share_i p_ik of one chunk contribute; p (c, K) is overwritten.
+    """Add what logit gradients weight_i p_ik of one chunk contribute; p (c, K) in [-1, 1] is overwritten.
 
-    Weights and shares scale the features (c, p) instead of the probabilities (c, K), of which there are more. `peaks`:
-    p are probabilities whose targets are still to be subtracted, so that their peaks are kept from rounding.
+    `peaks`: p are probabilities whose targets are still to be subtracted, so that their peaks are kept from rounding.
     """
-    weight = _times(weight, share)
     scale = weight[:, None] / tau
     if total.db is not None:
         total.db.add_(weight @ p, alpha=1 / exchange.ranks)
     taken = take_peaks_(p) if peaks and w.dtype is not None else None
     if total.dw is not None:
-        add_average(total.dw, p, scale / exchange.ranks * y, w.dtype, taken)
+        total.add_dw(p, scale / exchange.ranks * y, w.dtype, taken)
     if total.dy is not None:
         total.dy[chunk] += scale * w.average_(p, taken)
 
@@ -287,13 +303,16 @@ def _most_rows(chunks: list[slice]) -> int:
     return chunks[0].stop if chunks else 0
 
 
-def _predictions_(products: Tensor, factor: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(softmax, logsumexp) of the logits products * factor + bias: (c, K), which overwrites `products`, and (c,)."""
+def _predictions_(products: Tensor, factor: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, divisor, logsumexp) of the logits products * factor + bias, whose softmax is p / divisor.
+
+    p (c, K) in [0, 1] overwrites `products`, the others are (c,). A softmax would need memory of its own.
+    """
     logits = _affine_(products, factor, bias)
     largest = logits.amax(dim=1, keepdim=True)
-    p = logits.sub_(largest).exp_()  # by hand, because a softmax would need memory of its own
-    total = p.sum(dim=1, keepdim=True)
-    return p.div_(total), (largest + total.log()).squeeze(1)
+    p = logits.sub_(largest).exp_()
+    divisor = p.sum(dim=1)
+    return p, divisor, largest.squeeze(1) + divisor.log()
 
 
 def _log_softmax_(
