@@ -38,7 +38,7 @@ class WeightNormed:
     def products(self, y: Tensor, buffer: Tensor) -> Tensor:
         """<y, w> (c, K) but for `late_factor`; in `buffer` unless the operands are in half precision."""
         if self.dtype is None:
-            return torch.mm(y, self._operand.t(), out=buffer[: len(y)])
+            return torch.mm(y, self._operand.t(), out=buffer)
         return mm_float32(y.to(self.dtype), self._operand.t())
 
     def rounded(self, y: Tensor) -> Tensor:

@@ -142,7 +142,9 @@ def prototype_cross_entropy(
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
     bias = bias_slope = log_normalizer = None
     if normalizer == "vmf":
-        bias, bias_slope, log_normalizer = _log_normalizers(student, teacher, student_temperature, teacher_temperature)
+        wants_norms = wanted[1 if student.scales is None else 2]
+        temperatures = student_temperature, teacher_temperature
+        bias, bias_slope, log_normalizer = _log_normalizers(student, teacher, *temperatures, wants_slope=wants_norms)
     averages_log_c = center_on == "responsibilities"
     students, teachers = exchanges(shards, student.features, teacher.features)
     distillation = Distillation(
@@ -248,10 +250,14 @@ def dino_pairs(
     return teacher_rows, torch.full(teacher_rows.shape, weight, dtype=torch.float64, device=device)
 
 
-@torch.no_grad()
 def _log_normalizers(
-    student: HeadOutput, teacher: HeadOutput, student_temperature: float, teacher_temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    student: HeadOutput,
+    teacher: HeadOutput,
+    student_temperature: float,
+    teacher_temperature: float,
+    *,
+    wants_slope: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """log C_p of the student's prototypes, the slope that `Distillation` describes, and the teacher's log C_p: (K,).
 
     With A = -dlog C_p/dkappa, and since d||w||/dw = w / ||w||, the slope is -A(||w|| / tau) / (tau ||w||). The loss
@@ -259,9 +265,11 @@ def _log_normalizers(
     """
     dim = student.directions.shape[1]
     # Both together, because that is one kernel instead of two.
-    norms = torch.stack([norms_of(student), norms_of(teacher)])
+    norms = torch.stack([norms_of(student), norms_of(teacher)]).detach()
     temperatures = norms.new_tensor([[student_temperature], [teacher_temperature]])
     bias, log_normalizer = prototype_log_normalizer(norms, dim, temperatures)
+    if not wants_slope:
+        return bias, None, log_normalizer
     with without_autocast(norms.device):
         mean_resultant = vmf_mean_resultant(norms[0] / student_temperature, dim)
         slope = mean_resultant / (-student_temperature * norms[0].clamp(min=torch.finfo(norms.dtype).tiny))
