@@ -75,6 +75,7 @@ LAYERS = [
         "special",
     ],
     ["prototypes", "optim", "parallel", "head", "centering", "hub", "_target_summary"],
+    ["_logits"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
     ["mixture.concentration", "mixture._sampling", "mixture.distribution", "mixture._ranks", "mixture._seeding"],
     ["mixture._steps", "mixture.online", "mixture.fit", "mixture.scores", "mixture"],
