@@ -1,4 +1,8 @@
-"""Runs a function on several processes that talk over gloo."""
+"""Runs a function on several processes that talk over gloo.
+
+They are forked from a process that has imported what most of them need and has done nothing else, because importing
+takes longer than what most of these tests do.
+"""
 
 import faulthandler
 import inspect
@@ -17,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "transformers.models.vit.modeling_vit", "vmf_heads.compat"]
 SECONDS = 480  # for the longest of these tests on a busy machine; a rank that takes longer hangs
 
 
@@ -27,8 +32,9 @@ def run_on_ranks(function: Callable[[int], Any], ranks: int = 2, *, seconds: flo
     here with that rank's traceback. Ranks that still run after `seconds` write their stacks to stderr and are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (ranks, inspect.getfile(function), function.__name__, folder, seconds)
-        context = mp.spawn(_rank, arguments, nprocs=ranks, join=False)
+        mp.get_context("forkserver").set_forkserver_preload(IMPORTED)
+        arguments = (ranks, inspect.getfile(function), function.__name__, folder, seconds, dict(os.environ))
+        context = mp.start_processes(_rank, arguments, nprocs=ranks, join=False, start_method="forkserver")
         deadline = time.monotonic() + seconds
         try:
             while not context.join(timeout=max(0.0, deadline - time.monotonic())):
@@ -43,7 +49,10 @@ def run_on_ranks(function: Callable[[int], Any], ranks: int = 2, *, seconds: flo
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
 
-def _rank(rank: int, ranks: int, path: str, name: str, folder: str, seconds: float) -> None:
+def _rank(
+    rank: int, ranks: int, path: str, name: str, folder: str, seconds: float, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)  # the process that it was forked from may be older than a variable
     faulthandler.enable()  # SIGABRT: it says where it was
     torch.set_num_threads(1)
     rendezvous = Path(folder, "rendezvous").as_uri()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from benchmarks.loss import attention, contenders, measure, memory, peers, report
 from benchmarks.loss.inputs import STUDENT_TEMPERATURE, Inputs, Size
+from benchmarks.loss.work import work
 
 from devices import DEVICES
 from test_cross_entropy import Products
@@ -94,6 +95,25 @@ def test_a_brief_size_has_one_table() -> None:
     names = [line.split(" | ")[0].removeprefix("| ") for line in tables.splitlines() if line.startswith("| ")]
     assert tables.startswith(f"**{size}**, from the head's parameters\n")
     assert names[2:] == [contenders.PLAIN, contenders.FUSED, contenders.PRODUCTS]
+
+
+def test_the_work_is_that_of_the_operations() -> None:
+    """A product of (2, 3) and (3, 5), an addition into it, and a transposed view, which is free."""
+    a, b = torch.zeros(2, 3), torch.zeros(3, 5)
+    counted = work(lambda: torch.mm(a, b).add_(1).t())
+    assert counted == {"multiplications": 2 * 3 * 5, "moved_bytes": 4 * (6 + 15 + 10 + 10 + 10)}
+
+
+def test_rows_in_which_another_loss_is_faster_are_named() -> None:
+    def row(contender: str, seconds: float) -> dict[str, object]:
+        return {"size": "crops", "start": measure.STARTS[True], "contender": contender, "step_s": seconds}
+
+    rows = [row(contenders.PLAIN, 4.0), row(contenders.COMPILED, 2.0), row(contenders.FUSED, 3.0)]
+    rows.append(row(contenders.PRODUCTS, 1.0))
+    found = report.lost(rows)
+    assert found == "Rows lost: 1 of 1. crops, from the head's parameters: 1.50 × plain DINO, compiled"
+    rows[2] = row(contenders.FUSED, 1.9)
+    assert report.lost(rows).startswith("Rows lost: 0 of 1.")
 
 
 def test_the_page_shows_the_committed_result() -> None:

@@ -31,7 +31,7 @@ def test_compiles_without_a_graph_break(same_position: bool, scales: bool) -> No
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @SAME_POSITION
 def test_compiled_kernels_equal_the_reference(same_position: bool) -> None:
-    """Inductor's own code for the elementwise work: torch 2.13 had a fault there, which `_chunked` avoids.
+    """Inductor's own code for the elementwise work: torch 2.13 had a fault there, which `_logits` avoids.
 
     In one chunk and without log C_p, whose compilation has tests of its own: every chunk is unrolled into the graph.
     """

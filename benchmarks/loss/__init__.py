@@ -25,6 +25,7 @@ def loss(*, device: str = "cpu", threads: int = 2, autocast: bool = False, quick
     torch.set_num_threads(threads)
     rows = measure.measure(QUICK if quick else SIZES[device], device, autocast=autocast, quick=quick)
     print(report.size_tables(rows))
+    print(report.lost(rows))
     if quick:
         return
     growth = measure.memory_by_batch(device, autocast=autocast)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss.inputs import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, Inputs
-from vmf_heads import _chunked, prototype_cross_entropy
+from vmf_heads import prototype_cross_entropy
+from vmf_heads._logits import LogitsMemory, chunks_of
 from vmf_heads._matmul import autocast_dtype, mm_float32
 from vmf_heads._memory import rows_per_chunk
 from vmf_heads.cross_entropy import dino_pairs
@@ -70,18 +71,18 @@ def products(inputs: Inputs) -> None:
     )
     k, rows = len(w), rows_per_chunk(len(w), w.device)
     gradient, same_position = torch.zeros(w.shape, device=w.device), not inputs.size.ncrops
-    chunks = _chunked._chunks(len(y), rows // 3 if same_position else rows)
-    buffer = torch.empty(chunks[0].stop, k, device=w.device)
-    probabilities = torch.ones(chunks[0].stop, k, dtype=half, device=w.device) if half else buffer
+    chunks = chunks_of(len(y), rows // 3 if same_position else rows)
+    memory = LogitsMemory(chunks[0].stop, w)
+    probabilities = torch.ones(chunks[0].stop, k, dtype=half, device=w.device) if half else None
 
     def logits(rows: Tensor, prototypes: Tensor) -> None:
         if half is None:
-            torch.mm(rows, prototypes.T, out=buffer[: len(rows)])
+            torch.mm(rows, prototypes.T, out=memory.take(len(rows))[0])
         else:
             mm_float32(rows, prototypes.T)
 
     def gradients(rows: Tensor) -> None:
-        p = probabilities[: len(rows)]
+        p = memory.take(len(rows))[0] if probabilities is None else probabilities[: len(rows)]
         if half is None:
             p @ w
             gradient.addmm_(p.T, rows)
@@ -94,7 +95,7 @@ def products(inputs: Inputs) -> None:
             logits(teacher_y[chunk], teacher_w)
         logits(y[chunk], w)
         gradients(y[chunk])
-    for chunk in [] if same_position else _chunked._chunks(len(teacher_y), rows // 2):
+    for chunk in [] if same_position else chunks_of(len(teacher_y), rows // 2):
         logits(teacher_y[chunk], teacher_w)
         gradients(teacher_y[chunk])
 

@@ -37,6 +37,7 @@ SIZES = {
         Size("small", 6, 16, 8192, 128),
         Size("DINO", 10, 16, 65536),
         Size("DINO", 12, 32, 65536),
+        Size("iBOT", 0, 2048, 8192),
         Size("ViT-S/16", 10, 64, 65536, brief=True),
         Size("ViT-B/16", 12, 64, 65536, brief=True),
         Size("ViT-S/16", 10, 128, 65536, brief=True),

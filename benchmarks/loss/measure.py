@@ -12,9 +12,11 @@ from tqdm import tqdm
 from benchmarks.loss import attention, contenders, peers
 from benchmarks.loss.inputs import Inputs, Size
 from benchmarks.loss.memory import peak
+from benchmarks.loss.work import work
 from benchmarks.timing import interleaved_medians
 
 BATCHES = {"cpu": (4, 8, 16, 32, 64), "cuda": (16, 32, 64, 128, 256)}
+EAGER = (contenders.PLAIN, contenders.UNFUSED, contenders.FUSED)  # no operation of theirs is hidden in a kernel
 STARTS = {False: "from the prototypes", True: "from the head's parameters"}
 
 Rows = list[dict[str, Any]]
@@ -41,8 +43,10 @@ def measure(sizes: list[Size], device: str, *, autocast: bool, quick: bool) -> R
                     _labels(size, weight_norm, name)
                     | {"forward_s": seconds[f"{name}, forward"], "step_s": seconds[name]}
                     | _memory(step, partial(_forward, calls[name], inputs, autocast), inputs, device)
+                    | (work(step) if name in EAGER else {})
                 )
-            rows.append(_labels(size, weight_norm, contenders.PRODUCTS) | {"step_s": seconds[contenders.PRODUCTS]})
+            floor = {"step_s": seconds[contenders.PRODUCTS]} | work(timed[contenders.PRODUCTS])
+            rows.append(_labels(size, weight_norm, contenders.PRODUCTS) | floor)
             rows += [_labels(size, weight_norm, name) | {"missing": why} for name, why in missing.items()]
     return [{key: _short(value) for key, value in row.items()} for row in rows]
 

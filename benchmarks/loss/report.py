@@ -27,6 +27,8 @@ def rendered(text: str) -> str:
     provenance = f"*{result['device']}, {result['threads']} threads, {result['date']}; {versions}.*"
     tables = {
         "ratios": f"{ratio_table(result['rows'])}\n\n{provenance}",
+        "lost": lost(result["rows"]),
+        "work": work_table(result["rows"]),
         "costs": size_tables(result["rows"]),
     }
     return filled(text, tables.__getitem__)
@@ -57,6 +59,44 @@ def ratio_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def lost(rows: Rows) -> str:
+    """How often another loss was faster than the fused one, and which was the fastest there, in words."""
+    cases = [[row for row in own if "step_s" in row] for own in _cases(rows)]
+    cases = [own for own in cases if any(row["contender"] == contenders.COMPILED for row in own)]  # not the brief ones
+    sentences = []
+    for own in cases:
+        others = [row for row in own if row["contender"] not in (contenders.FUSED, contenders.PRODUCTS)]
+        fastest = min(others, key=lambda row: float(row["step_s"]))
+        fused = next(row for row in own if row["contender"] == contenders.FUSED)
+        if fused["step_s"] > fastest["step_s"]:
+            ratio = f"{fused['step_s'] / fastest['step_s']:.2f} × {fastest['contender']}"
+            sentences.append(f"{fused['size']}, {fused['start']}: {ratio}")
+    return f"Rows lost: {len(sentences)} of {len(cases)}. " + "; ".join(sentences)
+
+
+def work_table(rows: Rows) -> str:
+    """What the losses compute and move, for each size from the head's parameters."""
+    lines = [
+        "| crops × images, K | loss | 10⁹ multiplications in products | GiB moved | ms |",
+        "|" + " --- |" * 5,
+    ]
+    for own in _cases(rows):
+        for row in own:
+            if row["start"] == STARTS[True] and "moved_bytes" in row:
+                work = f"{row['multiplications'] / 1e9:.1f} | {row['moved_bytes'] / 2**30:.1f}"
+                lines.append(f"| {row['size']} | {row['contender']} | {work} | {1e3 * row['step_s']:.0f} |")
+    return "\n".join(lines)
+
+
+def _cases(rows: Rows) -> Iterator[Rows]:
+    """What was measured at a size and from a start, for each of these."""
+    for size in dict.fromkeys(row["size"] for row in rows):
+        for start in STARTS.values():
+            own = [row for row in rows if row["size"] == size and row["start"] == start]
+            if own:
+                yield own
+
+
 def _fused_rows(rows: Rows) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """(size, the fused loss, plain DINO, the products alone) for each size, from the head's parameters."""
     for size in dict.fromkeys(row["size"] for row in rows):
@@ -66,13 +106,7 @@ def _fused_rows(rows: Rows) -> Iterator[tuple[str, dict[str, Any], dict[str, Any
 
 def size_tables(rows: Rows) -> str:
     """One table per size and start that was measured."""
-    tables = []
-    for size in dict.fromkeys(row["size"] for row in rows):
-        for start in STARTS.values():
-            own = [row for row in rows if row["size"] == size and row["start"] == start]
-            if own:
-                tables.append(f"**{size}**, {start}\n\n{_table(own)}")
-    return "\n\n".join(tables)
+    return "\n\n".join(f"**{own[0]['size']}**, {own[0]['start']}\n\n{_table(own)}" for own in _cases(rows))
 
 
 def _table(rows: Rows) -> str:

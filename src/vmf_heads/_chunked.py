@@ -13,8 +13,8 @@ Crops that share a target share its products; the statistics for centring come f
 All of this is sums over k. Where the prototypes are cut over ranks, each rank sums over its own, for the rows of all of
 them. Its softmax is one over a part, which a `share` per row corrects: exp(logsumexp of the part - that of all). An
 exchange (_shards.py) adds up what belongs to rows; what belongs to prototypes stays where it is.
-W may be given as directions and scales; then no product needs W itself (`WeightNormed`). The functions at the end do
-the elementwise work between the products, from products to probabilities, in no memory but the given buffers.
+W may be given as directions and scales; then no product needs W itself (`WeightNormed`). What is one number per row, as
+the sum that a softmax divides by, multiplies the narrow operand of a product instead of the (c, K) probabilities.
 """
 
 from __future__ import annotations
@@ -29,18 +29,25 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ._compiled import is_plain_eager
+from ._logits import LogitsMemory, chunks_of, differences_, log_softmax_, log_sum_, most_rows, predictions_, targets_
 from ._once import once_differentiable
 from ._shards import Exchange
-from ._weight_normed import WeightNormed, add_average, take_peaks_
+from ._weight_normed import Peaks, WeightNormed, add_average, take_peaks_
 from .prototypes import HeadOutput
 
-Wanted = tuple[bool, bool, bool, bool]  # of the gradients of features, directions, scales and bias
+Wanted = tuple[bool, bool, bool]  # of the gradients of features, directions and scales
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Everything in `prototype_cross_entropy` that carries no gradient."""
+    """Everything in `prototype_cross_entropy` that carries no gradient.
 
+    The student's bias b = log C_p does depend on the prototypes. Its derivative is `bias_slope` (K,): db/dw = slope w,
+    and of a scale g alike db/dg = slope g. None: no gradient of it is wanted.
+    """
+
+    bias: Tensor | None
+    bias_slope: Tensor | None
     teacher: HeadOutput
     teacher_temperature: float
     student_temperature: float
@@ -55,23 +62,26 @@ class Distillation:
 
 
 class ChunkedCrossEntropy(Function):
-    """(loss, log_sum) of student features (Ns, p), directions (K, p), scales (K,) and bias (K,).
+    """(loss, log_sum) of student features (Ns, p), directions (K, p) and scales (K,).
 
     `wanted` says which of their gradients to make, in the forward pass. Where the prototypes are cut over ranks, v, the
-    scales, b and log_sum are of this rank's, and their gradients those of the mean of the losses of these ranks.
+    scales, the bias and log_sum are of this rank's, and their gradients those of the mean of the losses of these ranks.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, v: Tensor, scales: Tensor | None, b: Tensor | None, d: Distillation, wanted: Wanted
+        ctx: Any, y: Tensor, v: Tensor, scales: Tensor | None, d: Distillation, wanted: Wanted
     ) -> tuple[Tensor, Tensor]:
-        total = _Accumulator(v, wanted)
+        total = _Accumulator(v, wanted, wants_db=d.bias_slope is not None)
         w = WeightNormed(v, scales, d.product_dtype)
         teacher = WeightNormed(d.teacher.directions, d.teacher.scales, d.product_dtype)
-        loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, b, d, teacher, total).sum()
-        dv, dscales = (None, None) if total.dw is None else w.gradients_(total.dw, wanted[1:3])
+        loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, d, teacher, total).sum()
+        dv, dscales = (None, None)
+        if (dw := total.finished_dw()) is not None:
+            along_w = None if total.db is None or d.bias_slope is None else total.db * d.bias_slope
+            dv, dscales = w.gradients_(dw, along_w, wanted[1:])
         # With what backward passes have multiplied the gradients by so far.
-        ctx.save_for_backward(total.dy, dv, dscales, total.db, torch.ones_like(loss))
+        ctx.save_for_backward(total.dy, dv, dscales, torch.ones_like(loss))
         ctx.mark_non_differentiable(total.log_sum)
         ctx.exchange = d.students
         return loss, total.log_sum
@@ -114,21 +124,30 @@ def _is_batched(grad: Tensor) -> bool:
 class _Accumulator:
     """The sums that chunks add to: gradients where `wanted`, and the teacher's statistics."""
 
-    def __init__(self, v: Tensor, wanted: Wanted) -> None:
+    def __init__(self, v: Tensor, wanted: Wanted, *, wants_db: bool) -> None:
         self.wants_dy = wanted[0]
         self.dy: Tensor | None = None
-        self.dw = torch.zeros_like(v) if wanted[1] or wanted[2] else None
-        self.db = v.new_zeros(len(v)) if wanted[3] else None
+        self.dw = torch.empty_like(v) if wanted[1] or wanted[2] else None
+        self._dw_is_empty = True
+        self.db = v.new_zeros(len(v)) if wants_db else None
         self.log_sum = v.new_full((len(v),), -torch.inf)
+
+    def add_dw(self, p: Tensor, x: Tensor, dtype: torch.dtype | None, peaks: Peaks | None) -> None:
+        """Add p' x (K, p) for p (c, K); the first one is written to fresh memory, which saves filling it with zeros."""
+        if self.dw is not None:
+            add_average(self.dw, p, x, dtype, peaks, is_empty=self._dw_is_empty)
+            self._dw_is_empty = False
+
+    def finished_dw(self) -> Tensor | None:
+        """The gradient of the prototypes; zeros after no row at all."""
+        return self.dw.zero_() if self.dw is not None and self._dw_is_empty else self.dw
 
     def begin_rows(self, y: Tensor) -> None:
         """Of the rows y that come now, of all ranks, the gradients are to be summed."""
         self.dy = torch.zeros_like(y) if self.wants_dy else None
 
 
-def _any_position(
-    y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator
-) -> Tensor:
+def _any_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightNormed, total: _Accumulator) -> Tensor:
     """The weighted losses (Ns,). Six products per row: three of every student row, three of every teacher row."""
     assert d.teacher_rows is not None
     none = d.teacher_rows < 0
@@ -148,16 +167,17 @@ def _any_position(
     all_z, all_target_weight = d.teachers.gather(d.teacher.features), d.teachers.gather(target_weight)
     all_target_features = d.teachers.gather(target_features)
     buffers = 2 if d.teachers.ranks == 1 else 3  # of the teacher
-    student_chunks, teacher_chunks = _chunks(len(all_y), d.chunk_rows), _chunks(len(all_z), d.chunk_rows // buffers)
-    buffer = _buffer(max(_most_rows(student_chunks), buffers * _most_rows(teacher_chunks)), w.v)
+    student_chunks, teacher_chunks = chunks_of(len(all_y), d.chunk_rows), chunks_of(len(all_z), d.chunk_rows // buffers)
+    memory = LogitsMemory(max(most_rows(student_chunks), buffers * most_rows(teacher_chunks)), w.v)
 
     total.begin_rows(all_y)
     log_sums = torch.empty_like(all_row_weight)
     for chunk in student_chunks:
-        p, part = _predictions_(w.products(all_y[chunk] / tau, buffer), w.late_factor, b)
+        (buffer,) = memory.take(len(all_y[chunk]))
+        p, divisor, part = predictions_(w.products(all_y[chunk] / tau, buffer), w.late_factor, d.bias)
         log_sums[chunk] = d.students.logsumexp(part)
-        share = _share(d.students, part, log_sums[chunk])
-        _add_gradients(total, d.students, chunk, p, all_y[chunk], w, all_row_weight[chunk], share, tau, peaks=True)
+        rest = _times(divisor.reciprocal(), _share(d.students, part, log_sums[chunk]))
+        _add_gradients(total, d.students, chunk, p, all_y[chunk], w, all_row_weight[chunk] * rest, tau, peaks=True)
     losses = row_weight * d.students.own(log_sums)
     if total.dy is not None:
         total.dy = d.students.sum_own(total.dy)
@@ -165,15 +185,15 @@ def _any_position(
     mean_prototype = torch.empty_like(all_target_features)  # T W
     mean_bias = y.new_zeros(len(all_z))  # T b
     for chunk in teacher_chunks:
-        targets, share = _teacher_targets(d, teacher, all_z[chunk], total, buffer.chunk(buffers))
-        if b is not None:
-            mean_bias[chunk] = _times(targets @ b, share)
+        targets, share = _teacher_targets(d, teacher, all_z[chunk], total, memory.take(len(all_z[chunk]), buffers))
+        if d.bias is not None:
+            mean_bias[chunk] = _times(targets @ d.bias, share)
         if total.db is not None:
             total.db.sub_(_times(all_target_weight[chunk], share) @ targets, alpha=1 / d.students.ranks)
         peaks = take_peaks_(targets) if w.dtype is not None else None
         if total.dw is not None:
             features = _times(all_target_features[chunk], share) / (-tau * d.students.ranks)
-            add_average(total.dw, targets, features, w.dtype, peaks)
+            total.add_dw(targets, features, w.dtype, peaks)
         mean_prototype[chunk] = _times(w.average_(targets, peaks), share)
     mean_prototype, mean_bias = d.teachers.sum_own(mean_prototype), d.teachers.sum_own(mean_bias)
 
@@ -186,25 +206,24 @@ def _any_position(
     return losses
 
 
-def _same_position(
-    y: Tensor, w: WeightNormed, b: Tensor | None, d: Distillation, teacher: WeightNormed, total: _Accumulator
-) -> Tensor:
+def _same_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightNormed, total: _Accumulator) -> Tensor:
     """The weighted losses (Ns,). Four products per row: two for the logits, and P - T with prototypes and features."""
     tau, exchange = d.student_temperature, d.students
     row_weight = y.new_ones(len(y)) if d.weights is None else d.weights[:, 0].to(y.dtype)
     y, z, row_weight = exchange.gather(y), exchange.gather(d.teacher.features), exchange.gather(row_weight)
-    chunks = _chunks(len(y), d.chunk_rows // 3)
-    first, second, third = _buffer(3 * _most_rows(chunks), w.v).chunk(3)
+    chunks = chunks_of(len(y), d.chunk_rows // 3)
+    memory = LogitsMemory(3 * most_rows(chunks), w.v)
     total.begin_rows(y)
     losses = torch.empty_like(row_weight)
     for chunk in chunks:
+        first, second, third = memory.take(len(y[chunk]), 3)
         targets, share = _teacher_targets(d, teacher, z[chunk], total, (first, second, third))
         if share is not None:
             targets.mul_(share[:, None])
         products = w.products(y[chunk] / tau, first)
-        difference, cross_entropy = _differences_(products, w.late_factor, b, targets, third[: len(targets)], exchange)
+        difference, cross_entropy = differences_(products, w.late_factor, d.bias, targets, third, exchange)
         losses[chunk] = row_weight[chunk] * cross_entropy
-        _add_gradients(total, exchange, chunk, difference, y[chunk], w, row_weight[chunk], None, tau, peaks=False)
+        _add_gradients(total, exchange, chunk, difference, y[chunk], w, row_weight[chunk], tau, peaks=False)
     if total.dy is not None:
         total.dy = exchange.sum_own(total.dy)
     return exchange.sum_own(losses)
@@ -218,23 +237,20 @@ def _add_gradients(
     y: Tensor,
     w: WeightNormed,
     weight: Tensor,
-    share: Tensor | None,
     tau: float,
     *,
     peaks: bool,
 ) -> None:
-    """Add what logit gradients weight_i share_i p_ik of one chunk contribute; p (c, K) is overwritten.
+    """Add what logit gradients weight_i p_ik of one chunk contribute; p (c, K) in [-1, 1] is overwritten.
 
-    Weights and shares scale the features (c, p) instead of the probabilities (c, K), of which there are more. `peaks`:
-    p are probabilities whose targets are still to be subtracted, so that their peaks are kept from rounding.
+    `peaks`: p are probabilities whose targets are still to be subtracted, so that their peaks are kept from rounding.
     """
-    weight = _times(weight, share)
     scale = weight[:, None] / tau
     if total.db is not None:
         total.db.add_(weight @ p, alpha=1 / exchange.ranks)
     taken = take_peaks_(p) if peaks and w.dtype is not None else None
     if total.dw is not None:
-        add_average(total.dw, p, scale / exchange.ranks * y, w.dtype, taken)
+        total.add_dw(p, scale / exchange.ranks * y, w.dtype, taken)
     if total.dy is not None:
         total.dy[chunk] += scale * w.average_(p, taken)
 
@@ -244,21 +260,21 @@ def _teacher_targets(
 ) -> tuple[Tensor, Tensor | None]:
     """The teacher's probabilities (c, K), Eq. 7, of the rows z (c, p), in the second buffer, and their share; on the
     way, these rows' part of the statistics. The third buffer is used only where the prototypes are cut over ranks."""
-    products, result = teacher.products(z / d.teacher_temperature, buffers[0]), buffers[1][: len(z)]
+    products, result = teacher.products(z / d.teacher_temperature, buffers[0]), buffers[1]
     if d.teachers.ranks == 1:
-        logits, log_p = _log_softmax_(products, teacher.late_factor, d.statistics_bias, result)
-        total.log_sum = torch.logaddexp(total.log_sum, _log_sum_(log_p))
-        return _targets_(logits, d.target_bias, result), None
-    logits, log_p = _log_softmax_(products, teacher.late_factor, d.statistics_bias, buffers[2][: len(z)])
+        logits, log_p = log_softmax_(products, teacher.late_factor, d.statistics_bias, result)
+        total.log_sum = torch.logaddexp(total.log_sum, log_sum_(log_p))
+        return targets_(logits, d.target_bias, result), None
+    logits, log_p = log_softmax_(products, teacher.late_factor, d.statistics_bias, buffers[2])
     of_statistics = logits.amax(dim=1) - log_p.amax(dim=1)  # the logsumexp
     if d.target_bias is not None:
         logits.add_(d.target_bias)
-    targets = _targets_(logits, None, result)
+    targets = targets_(logits, None, result)
     of_targets = logits.amax(dim=1) - targets.amax(dim=1).log()
     parts = torch.stack([of_statistics, of_targets])
     wholes = d.teachers.logsumexp(parts)
     log_p.add_((parts[0] - wholes[0])[:, None])
-    total.log_sum = torch.logaddexp(total.log_sum, _log_sum_(log_p))
+    total.log_sum = torch.logaddexp(total.log_sum, log_sum_(log_p))
     return targets, _share(d.teachers, parts[1], wholes[1])
 
 
@@ -270,68 +286,3 @@ def _share(exchange: Exchange, part: Tensor, whole: Tensor) -> Tensor | None:
 def _times(x: Tensor, share: Tensor | None) -> Tensor:
     """x (c,) or (c, p), times the share (c,) of its rows."""
     return x if share is None else x * share.view(-1, *[1] * (x.dim() - 1))
-
-
-def _buffer(rows: int, v: Tensor) -> Tensor:
-    """Memory for the logits of every chunk in turn: on the CPU fresh pages cost as much as a softmax."""
-    return torch.empty(rows, len(v), dtype=v.dtype, device=v.device)
-
-
-def _chunks(n: int, rows: int) -> list[slice]:
-    """As few slices of `n` rows as there must be with at most `rows` each (or 1), all but the last equally long."""
-    size = math.ceil(n / math.ceil(n / max(rows, 1))) if n else 1
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def _most_rows(chunks: list[slice]) -> int:
-    return chunks[0].stop if chunks else 0
-
-
-def _predictions_(products: Tensor, factor: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(softmax, logsumexp) of the logits products * factor + bias: (c, K), which overwrites `products`, and (c,)."""
-    logits = _affine_(products, factor, bias)
-    largest = logits.amax(dim=1, keepdim=True)
-    p = logits.sub_(largest).exp_()  # by hand, because a softmax would need memory of its own
-    total = p.sum(dim=1, keepdim=True)
-    return p.div_(total), (largest + total.log()).squeeze(1)
-
-
-def _log_softmax_(
-    products: Tensor, factor: Tensor | None, bias: Tensor | None, result: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(logits, log-probabilities) (c, K): the former overwrite `products`, the latter are in `result`."""
-    logits = _affine_(products, factor, bias)
-    return logits, torch.log_softmax(logits, dim=1, out=result)
-
-
-def _log_sum_(log_p: Tensor) -> Tensor:
-    """The log of the summed probabilities (K,) of log-probabilities (c, K), which are overwritten."""
-    largest = log_p.amax(dim=0)  # a sum of probabilities would underflow where no row of the chunk chooses k
-    return log_p.sub_(largest).exp_().sum(dim=0).log_().add_(largest)
-
-
-def _targets_(logits: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
-    """softmax(logits + bias) (c, K) in `result`; may overwrite `logits`."""
-    if bias is not None:
-        # Under torch.compile the addition is not in place: torch 2.13 generates wrong C++ for it, and it fuses anyway.
-        logits = logits + bias if torch.compiler.is_compiling() else logits.add_(bias)
-    return torch.softmax(logits, dim=1, out=result)
-
-
-def _differences_(
-    products: Tensor, factor: Tensor | None, bias: Tensor | None, targets: Tensor, result: Tensor, exchange: Exchange
-) -> tuple[Tensor, Tensor]:
-    """(softmax - targets, cross-entropy towards the targets) of the logits: (c, K) in `result` and (c,)."""
-    logits, log_p = _log_softmax_(products, factor, bias, result)
-    if exchange.ranks > 1:
-        part = logits.amax(dim=1) - log_p.amax(dim=1)  # the logsumexp
-        log_p.add_((part - exchange.logsumexp(part))[:, None])
-    cross_entropy = torch.mul(targets, log_p, out=logits).sum(dim=1).neg_()
-    return log_p.exp_().sub_(targets), cross_entropy
-
-
-def _affine_(products: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
-    """products * factor + bias, in place and in one pass."""
-    if factor is None:
-        return products if bias is None else products.add_(bias)
-    return products.mul_(factor) if bias is None else torch.addcmul(bias, products, factor, out=products)

@@ -31,15 +31,18 @@ A/kappa, both cancel. Here both terms of A' are positive.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ._debye import Polynomial, add, debye_log_polynomials, multiply
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 # (smallest order N, terms M) that keep the truncation below rounding; smaller orders are shifted up to the last N.
 _TERMS = {
@@ -64,6 +67,16 @@ _COMPLEMENT_TAIL = ((16, 28), (33, 40))
 _COMPLEMENT_TAIL_TERMS = 33
 # So many points on half the circle integrate exp(kappa cos) to rounding for kappa <= 28.
 _CIRCLE_POINTS = 28
+
+
+def constant_in_graphs(function: _Function) -> _Function:
+    """Mark `function`: torch.compile calls it while it traces, and its result becomes a constant of the graph.
+
+    The mark is that of torch.compiler.assume_constant_result, which would import the whole compiler to set it: as much
+    time as importing torch and this library takes without.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class Expansion:
     J: tuple[float, ...]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def expansion(p: int, dtype: torch.dtype, fewest_steps: int = 0) -> Expansion:
     """The constants for dimension `p` in `dtype`; constants of the graph, too, where torch.compile traces through."""
     return _expand(p, dtype, fewest_steps)
@@ -277,7 +290,7 @@ def _tail_curvature(kappa: Tensor, p: int) -> Tensor:
     return horner(coefficients, y) * y * y
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _tail_coefficients(p: int, dtype: torch.dtype) -> tuple[float, ...]:
     return _expand_tail(p, dtype)
 
@@ -289,7 +302,7 @@ def _expand_tail(p: int, dtype: torch.dtype) -> tuple[float, ...]:
     return tuple(float(-j * c[j] / Fraction(_TAIL_SWITCH[dtype]) ** (j + 1)) for j in range(1, len(c)))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _complement_tail_coefficients(p: int, switch: int) -> tuple[float, ...]:
     return _expand_complement_tail(p, switch)
 

@@ -34,7 +34,7 @@ def in_one(function: Pointwise, kappa: Tensor, p: int) -> Tensor:
     return function(kappa, p)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_expansion.constant_in_graphs
 def _revision() -> str | None:
     """What tells the operator from that of another version; None for torch.export, or if torch has no place for it."""
     return None if torch.compiler.is_exporting() else _register()

@@ -38,7 +38,7 @@ class WeightNormed:
     def products(self, y: Tensor, buffer: Tensor) -> Tensor:
         """<y, w> (c, K) but for `late_factor`; in `buffer` unless the operands are in half precision."""
         if self.dtype is None:
-            return torch.mm(y, self._operand.t(), out=buffer[: len(y)])
+            return torch.mm(y, self._operand.t(), out=buffer)
         return mm_float32(y.to(self.dtype), self._operand.t())
 
     def rounded(self, y: Tensor) -> Tensor:
@@ -52,13 +52,16 @@ class WeightNormed:
             return result if peaks is None else result.addcmul_(peaks.values, self._operand[peaks.columns])
         return (p if self.factor is None else p.mul_(self.factor)) @ self._operand
 
-    def gradients_(self, dw: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    def gradients_(
+        self, dw: Tensor, along_w: Tensor | None, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of v and of the scales, where `wanted`, from that of w: dw (K, p), which becomes that of v.
 
-        With u = v / ||v||: d/dscale = <u, dw> and d/dv = f (dw - <u, dw> u).
+        With u = v / ||v||: d/dscale = <u, dw> and d/dv = f (dw - <u, dw> u). What reaches w through its norm alone is
+        along_w (K,) times w: it adds to the gradient of a scale, and, without scales, to that of w.
         """
         if self.factor is None:
-            return dw, None
+            return dw if along_w is None else dw.addcmul_(self.v, along_w[:, None]), None
         along = torch.empty_like(self.factor)
         rows = max(1, _memory.CACHE_BYTES // (4 * dw.shape[1]))  # of several passes that find them in a cache
         blocks = (x.split(rows) for x in (dw, self.v, self.factor, self._length, along))
@@ -66,6 +69,8 @@ class WeightNormed:
             torch.div(torch.linalg.vecdot(gradient, v), length, out=result)
             if wanted[0]:
                 gradient.mul_(factor[:, None]).addcmul_(v, (factor * result / length)[:, None], value=-1)
+        if along_w is not None:
+            along.addcmul_(along_w, self.factor * self._length)
         return dw if wanted[0] else None, along if wanted[1] else None
 
 
@@ -87,13 +92,19 @@ def take_peaks_(p: Tensor) -> Peaks:
     return Peaks(values, columns.squeeze(1))
 
 
-def add_average(total: Tensor, p: Tensor, x: Tensor, dtype: torch.dtype | None, peaks: Peaks | None) -> None:
-    """total (K, p) += p' @ x for p (c, K) in [-1, 1], with the `peaks` that were taken from it."""
+def add_average(
+    total: Tensor, p: Tensor, x: Tensor, dtype: torch.dtype | None, peaks: Peaks | None, *, is_empty: bool
+) -> None:
+    """total (K, p) += p' @ x for p (c, K) in [-1, 1], with the `peaks` that were taken from it; = where `is_empty`."""
     if dtype is None:
-        total.addmm_(p.t(), x)
+        total.addmm_(p.t(), x, beta=0 if is_empty else 1)
         return
     # Weighted features may be smaller than what float16 can hold.
     largest = torch.linalg.vector_norm(x, torch.inf).clamp(min=torch.finfo(x.dtype).tiny)
-    total.add_(average(p.t(), x / largest, dtype).mul_(largest))
+    product = average(p.t(), x / largest, dtype)
+    if is_empty:
+        torch.mul(product, largest, out=total)
+    else:
+        total.add_(product.mul_(largest))
     if peaks is not None:
         total.index_add_(0, peaks.columns, peaks.values * x)

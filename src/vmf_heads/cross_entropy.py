@@ -14,6 +14,7 @@ from ._unit_rows import unit_rows
 from .centering import CENTER_ON, teacher_targets
 from .head import NORMALIZERS
 from .prototypes import HeadOutput, norms_of, prototype_log_normalizer
+from .special import vmf_mean_resultant
 
 __all__ = ["dino_pairs", "prototype_cross_entropy", "prototype_cross_entropy_reference"]
 
@@ -125,7 +126,7 @@ def prototype_cross_entropy(
             raise ValueError("`teacher_rows` must be -1 everywhere, because `teacher.features` has no rows")
         teacher_rows, weights = teacher_rows[:, :0], None if weights is None else weights[:, :0]
     dtype = _common_dtype(student, teacher)
-    total, dim = student.directions.shape
+    total = len(student.directions)
     shards = shards_of(student.directions, "student.directions")
     if batch_chunk_size is None:
         # On every rank the same number, so that all have as many chunks.
@@ -137,19 +138,18 @@ def prototype_cross_entropy(
     teacher = HeadOutput(*(None if x is None else local_rows(x.detach()).to(dtype) for x in teacher))  # type: ignore[arg-type]
     if shards is not None and log_center is not None:
         log_center = log_center[shards.columns]
-    bias = log_normalizer = None
-    if normalizer == "vmf":
-        # Together, because that is one kernel instead of two.
-        norms = torch.stack([norms_of(student), norms_of(teacher)])
-        temperatures = norms.new_tensor([[student_temperature], [teacher_temperature]])
-        bias, log_normalizer = prototype_log_normalizer(norms, dim, temperatures)
-        log_normalizer = log_normalizer.detach()
-    inputs = (*student, bias)
     # Read here: inside an autograd.Function grad mode is always off.
-    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
+    bias = bias_slope = log_normalizer = None
+    if normalizer == "vmf":
+        wants_norms = wanted[1 if student.scales is None else 2]
+        temperatures = student_temperature, teacher_temperature
+        bias, bias_slope, log_normalizer = _log_normalizers(student, teacher, *temperatures, wants_slope=wants_norms)
     averages_log_c = center_on == "responsibilities"
     students, teachers = exchanges(shards, student.features, teacher.features)
     distillation = Distillation(
+        bias=bias,
+        bias_slope=bias_slope,
         teacher=teacher,
         teacher_temperature=teacher_temperature,
         student_temperature=student_temperature,
@@ -163,7 +163,7 @@ def prototype_cross_entropy(
         teachers=teachers,
     )
     with without_autocast(student.features.device):
-        loss, log_sum = ChunkedCrossEntropy.apply(*inputs, distillation, wanted)
+        loss, log_sum = ChunkedCrossEntropy.apply(*student, distillation, wanted)
     if shards is not None:
         log_sum = shards.spread(log_sum, -torch.inf)
     return loss, log_sum, len(teacher.features)
@@ -248,6 +248,32 @@ def dino_pairs(
     teacher_rows = torch.where(same, -1, teacher_view * batch_size + image[:, None])
     weight = 1 / (batch_size * ngcrops * (ncrops - 1))
     return teacher_rows, torch.full(teacher_rows.shape, weight, dtype=torch.float64, device=device)
+
+
+def _log_normalizers(
+    student: HeadOutput,
+    teacher: HeadOutput,
+    student_temperature: float,
+    teacher_temperature: float,
+    *,
+    wants_slope: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """log C_p of the student's prototypes, the slope that `Distillation` describes, and the teacher's log C_p: (K,).
+
+    With A = -dlog C_p/dkappa, and since d||w||/dw = w / ||w||, the slope is -A(||w|| / tau) / (tau ||w||). The loss
+    finishes the gradients that it leads to with all others, where autograd would make two more tensors (K, p).
+    """
+    dim = student.directions.shape[1]
+    # Both together, because that is one kernel instead of two.
+    norms = torch.stack([norms_of(student), norms_of(teacher)]).detach()
+    temperatures = norms.new_tensor([[student_temperature], [teacher_temperature]])
+    bias, log_normalizer = prototype_log_normalizer(norms, dim, temperatures)
+    if not wants_slope:
+        return bias, None, log_normalizer
+    with without_autocast(norms.device):
+        mean_resultant = vmf_mean_resultant(norms[0] / student_temperature, dim)
+        slope = mean_resultant / (-student_temperature * norms[0].clamp(min=torch.finfo(norms.dtype).tiny))
+    return bias, slope, log_normalizer
 
 
 def _difference(log_normalizer: Tensor | None, log_center: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -12,7 +12,7 @@ import numpy as np
 from data.images import load_images
 from evaluators.features.encoder import Encoder
 from evaluators.linear.augmented_epochs import augmented_epochs
-from evaluators.linear.logistic_probe import logistic_probe
+from evaluators.linear.logistic_probe import CS, logistic_probe
 from evaluators.linear.sgd_probe import Schedule, predict, stored_epochs, train_probes
 from evaluators.protocol import Evaluation, Features, Metric, NotApplicable
 
@@ -28,6 +28,8 @@ class LinearOptions:
     classifier: Literal["auto", "logistic", "sgd"] = "auto"
     """logistic takes scikit-learn's regression on [CLS] features, with C chosen on val; sgd takes DINO's protocol; auto
     takes logistic for fewer than 50 000 train images."""
+    cs: tuple[float, ...] = CS
+    """For logistic: scikit-learn's inverse strengths of regularisation, of which the best on val is taken."""
     augment: bool = False
     """For sgd: run the backbone on new random-resized and flipped crops in every epoch, as DINO and the paper do.
     Without it the features are those of centre crops, made once, which is cheaper."""
@@ -63,7 +65,8 @@ def linear(evaluation: Evaluation, options: LinearOptions = LinearOptions()) -> 
     if classifier == "sgd":
         yield from sgd(evaluation, options)
     else:
-        yield logistic_probe(*(evaluation.features(split) for split in ("train", "val", evaluation.split)))
+        splits = ("train", "val", evaluation.split)
+        yield logistic_probe(*map(evaluation.features, splits), cs=options.cs)
 
 
 def sgd(evaluation: Evaluation, options: LinearOptions) -> Iterator[Metric]:
@@ -123,7 +126,8 @@ def _check(options: LinearOptions) -> None:
     for name in ("epochs", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"`{name}` (={getattr(options, name)}) must be at least 1")
-    if not options.lrs or min(options.lrs) <= 0:
-        raise ValueError(f"`lrs` (={options.lrs}) must be positive numbers, at least one")
+    for name in ("lrs", "cs"):
+        if not getattr(options, name) or min(getattr(options, name)) <= 0:
+            raise ValueError(f"`{name}` (={getattr(options, name)}) must be positive numbers, at least one")
     if not 0 <= options.holdout < 1:
         raise ValueError(f"`holdout` (={options.holdout}) must be in [0, 1)")
