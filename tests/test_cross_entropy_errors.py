@@ -195,6 +195,7 @@ def test_a_scale_that_was_forgotten_is_found_in_few_rows(rows: int) -> None:
     with Rows():  # tools that replace operations, and compilers, see no operation of the check
         unit_rows("x", x)
     assert seen == []
+    torch.func.vmap(lambda rows: (unit_rows("x", rows), rows)[1])(x[None])
 
 
 @pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a GPU: only there does looking make the host wait")

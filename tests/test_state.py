@@ -66,16 +66,19 @@ def test_a_head_of_the_meta_device_starts_like_any_other(make: Any, reset: Calla
     assert [p.requires_grad for p in head.parameters()] == [p.requires_grad for p in make().parameters()]
 
 
+@pytest.mark.parametrize("reset", [lambda loss: loss.reset_parameters(), by_every_module], ids=["loss", "every module"])
 @CENTERING
 @pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
-def test_a_loss_of_the_meta_device_starts_like_any_other(make: Any, centering: str) -> None:
+def test_a_loss_of_the_meta_device_starts_like_any_other(
+    make: Any, centering: str, reset: Callable[[nn.Module], None]
+) -> None:
     with torch.device("meta"):
         loss = make(centering=centering)
     loss.to_empty(device="cpu")
     for tensor in loss.buffers():
         tensor.fill_(77)
     loss.centering._rows = 3
-    loss.reset_parameters()
+    reset(loss)
     torch.testing.assert_close(dict(loss.state_dict()), dict(make(centering=centering).state_dict()))
     assert loss.centering._rows == 0
     if isinstance(loss, lightly.DINOLoss):
