@@ -108,7 +108,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     *(
         (
-            {name: {"features": torch.full((7 if name == "student" else 5, 3), 3**-0.5) * length}},
+            {name: {"features": torch.full((7 if name == "student" else 5, 3), 3**-0.5 * length).double()}},
             ValueError,
             f"`{name}.features` (of shape ({7 if name == 'student' else 5}, 3)) must hold unit vectors, as "
             f"torch.nn.functional.normalize(x, dim=-1) makes them; {7 if name == 'student' else 5} of "
@@ -117,7 +117,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         for name, length in (("student", 1.02), ("teacher", 0.5))
     ),
     (
-        {"teacher": {"features": torch.ones(0, 3)}},
+        {"teacher": {"features": torch.ones(0, 3).double()}},
         ValueError,
         "`teacher_rows` must be -1 everywhere, because `teacher.features` has no rows",
     ),
