@@ -35,7 +35,7 @@ def problems(draw: st.DrawFn, rows: int = 0) -> dict[str, Any]:
         "teacher_temperature": 10.0 ** draw(st.floats(-2, 1)),
         "normalizer": draw(st.sampled_from(["vmf", "none"])),
         "center_on": draw(st.sampled_from(["scores", "responsibilities"])),
-        "batch_chunk_size": draw(st.sampled_from([None, 1, 2, 3, 7, 100])),
+        "batch_chunk_size": draw(st.sampled_from([None, 1, 2, 3, 5, 7])),
     }
 
 
@@ -63,7 +63,7 @@ def assert_equal(got: Any, want: Any) -> None:
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
 
 
-@settings(few, max_examples=60)
+@settings(few, max_examples=150)
 @given(problems())
 def test_fused_is_plain(arguments: dict[str, Any]) -> None:
     want, *statistics = reference(arguments)
