@@ -108,7 +108,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     *(
         (
-            {name: {"features": torch.full((7 if name == "student" else 5, 3), 3**-0.5) * length}},
+            {name: {"features": torch.full((7 if name == "student" else 5, 3), 3**-0.5 * length).double()}},
             ValueError,
             f"`{name}.features` (of shape ({7 if name == 'student' else 5}, 3)) must hold unit vectors, as "
             f"torch.nn.functional.normalize(x, dim=-1) makes them; {7 if name == 'student' else 5} of "
@@ -117,7 +117,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         for name, length in (("student", 1.02), ("teacher", 0.5))
     ),
     (
-        {"teacher": {"features": torch.ones(0, 3)}},
+        {"teacher": {"features": torch.ones(0, 3).double()}},
         ValueError,
         "`teacher_rows` must be -1 everywhere, because `teacher.features` has no rows",
     ),
@@ -195,6 +195,7 @@ def test_a_scale_that_was_forgotten_is_found_in_few_rows(rows: int) -> None:
     with Rows():  # tools that replace operations, and compilers, see no operation of the check
         unit_rows("x", x)
     assert seen == []
+    torch.func.vmap(lambda rows: (unit_rows("x", rows), rows)[1])(x[None])
 
 
 @pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a GPU: only there does looking make the host wait")

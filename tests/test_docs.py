@@ -70,3 +70,23 @@ def test_the_reference_has_every_public_name() -> None:
 def test_the_readme_table_has_every_public_name() -> None:
     table = (ROOT / "README.md").read_text().split("## What is in the box")[1].split("\n## ")[0]
     assert set(vmf_heads.__all__) <= set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+
+
+def test_every_test_that_the_page_of_promises_names_exists() -> None:
+    """In the last column of its tables: `test_FILE.py`, and then `NAME` or the beginning of one, `NAME_…`."""
+    tests: dict[str, str] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tests[path.name] = tests.get(path.name, "") + path.read_text()  # some are there twice, in tests/examples, too
+    file, named, header = "", 0, ""
+    for line in (ROOT / "docs/reliability.md").read_text().splitlines():
+        cells = line.split("|")
+        header = cells[-2] if line.startswith("|") and not header else header if line.startswith("|") else ""
+        for span in re.findall(r"`([^`]+)`", cells[-2] if header.startswith(" test") else line):
+            if re.fullmatch(r"(tests/)?test_\w+\.py", span):
+                file = span.removeprefix("tests/")
+                assert file in tests, line
+            elif header.startswith(" test"):
+                named += 1
+                name = span.replace("_…", r"_\w+")
+                assert re.search(rf"^def test_{name}\(", tests[file], re.MULTILINE), f"{file}: {span}"
+    assert named > 70

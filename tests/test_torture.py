@@ -1,5 +1,6 @@
 """Numbers that no sound training has: norms from 1e-20 to 1e6, cold temperatures, voids, zeros, float16, a long run."""
 
+import math
 import os
 
 import pytest
@@ -108,9 +109,7 @@ def test_loss_and_gradients_in_float32_are_those_of_float64(case, temperature: f
     logits = float(student.norms.detach().max()) / temperature
     rounding = 8 * torch.finfo(torch.float32).eps * max(1, logits, 1 / temperature)  # 1 / temperature: log C_p
     assert loss.item() == pytest.approx(want.item(), abs=rounding + 1e-5 * abs(want.item()))
-    assert not log_sum.isnan().any()
-    close = want_log_sum > -80  # the rest are probabilities below float32's
-    torch.testing.assert_close(log_sum[close].double(), want_log_sum[close], rtol=1e-5, atol=rounding + 1e-5)
+    torch.testing.assert_close(log_sum.double(), want_log_sum, rtol=1e-5, atol=rounding + 1e-5)
     for name, gradient in got_gradients.items():
         assert gradient.isfinite().all(), name
         if logits < 1e3:  # beyond, which of two nearly equal logits wins is rounding
@@ -148,7 +147,7 @@ def test_the_centre_stays_finite(case) -> None:
 def test_the_report_has_an_answer(case) -> None:
     y, v, g = case()
     report = prototype_report(HeadOutput(y, v, g).prototypes, y, temperature=1e-3)
-    assert all(number == number for number in report.as_dict().values())
+    assert all(map(math.isfinite, report.as_dict().values()))
     assert report.verdict
 
 
