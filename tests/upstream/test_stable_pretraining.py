@@ -11,6 +11,7 @@ from upstream.checkouts import LINEAR, Training, check_equations, check_power, c
 pytestmark = pytest.mark.slow
 METHODS = ("DINO", "iBOT", "DINOv2")
 ALL = pytest.mark.parametrize("method", METHODS)
+PLAIN_AND_FUSED = pytest.mark.parametrize("fused", [False, True])
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +27,23 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, A
     return run
 
 
+@PLAIN_AND_FUSED
 @ALL
-def test_at_norm_one_with_logit_centring_training_is_the_original_one(train, method):
+def test_at_norm_one_with_logit_centring_training_is_the_original_one(train, method, fused):
     """Four steps over two epochs with stable-pretraining's masks, wrappers, EMA and late centre."""
     original = train(method, diff=False, unit=True)
-    got = train(method, unit=True, centering="logit", start_of=str(original["file"]))
+    got = train(method, unit=True, centering="logit", fused=fused, start_of=str(original["file"]))
     if method == "DINOv2":  # Sinkhorn-Knopp: there is a centre here, and nothing moves it
         assert not got["state_of_loss"].pop("center").any()
     check_same_training(got, original)
 
 
+@PLAIN_AND_FUSED
 @ALL
-def test_loss_and_gradients_are_those_of_the_equations(train, method):
+def test_loss_and_gradients_are_those_of_the_equations(train, method, fused):
     """Eq. 6, 7 and 9 in float64 with norms from 0.4 to 4, at both teacher temperatures."""
-    result = train(method, norms=True, compare=True)
+    result = train(method, norms=True, compare=True, fused=fused)
+    assert result["columns"] == (16 if fused else 48)  # of what the heads returned: features, or a logit per prototype
     check_equations(result, ["log_center"], prototypes=LINEAR)
     if method != "DINOv2":
         # The centre of one small batch is so uneven that it alone decides the targets that come after it.
