@@ -7,6 +7,7 @@ meta device, which has no memory. OUTPUT gets a list of {name: shape}, as JSON.
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from upstream import stand_ins
 def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
     """Build them as the repository's own torch.hub entries do, without weights."""
     stand_ins.install(crop_sizes=[16], images=1)
+    torch.linspace = partial(torch.linspace, device="cpu")  # of rates that the models read as numbers
     sys.path.insert(0, checkout)
     found = []
     for name, factory, options in settings["models"]:
