@@ -75,7 +75,7 @@ CODE_BASES = (
         (
             f"{UPSTREAM}stable_pretraining.py::test_at_norm_one_with_logit_centring_training_is_the_original_one[DINO-",
             f"{UPSTREAM}stable_pretraining.py::test_loss_and_gradients_are_those_of_the_equations[DINO-",
-            f"{UPSTREAM}stable_pretraining.py::test_save_and_restore",
+            f"{UPSTREAM}stable_pretraining.py::test_save_and_restore[DINO]",
         ),
         (f"{UPSTREAM}stable_pretraining.py::test_loss_and_gradients_are_those_of_the_equations[DINO-True]",),
         (f"{FSDP2}[stable_pretraining-",),
@@ -88,6 +88,7 @@ CODE_BASES = (
         (
             f"{UPSTREAM}stable_pretraining.py::test_at_norm_one_with_logit_centring_training_is_the_original_one[iBOT-",
             f"{UPSTREAM}stable_pretraining.py::test_loss_and_gradients_are_those_of_the_equations[iBOT-",
+            f"{UPSTREAM}stable_pretraining.py::test_save_and_restore[iBOT]",
         ),
         (f"{UPSTREAM}stable_pretraining.py::test_loss_and_gradients_are_those_of_the_equations[iBOT-True]",),
         (),
@@ -136,6 +137,7 @@ CODE_BASES = (
         (
             f"{UPSTREAM}stable_pretraining.py::test_at_norm_one_with_logit_centring_training_is_the_original_one[DINOv2-",
             f"{UPSTREAM}stable_pretraining.py::test_loss_and_gradients_are_those_of_the_equations[DINOv2-",
+            f"{UPSTREAM}stable_pretraining.py::test_save_and_restore[DINOv2]",
         ),
         (f"{UPSTREAM}stable_pretraining.py::test_loss_and_gradients_are_those_of_the_equations[DINOv2-True]",),
         (),

@@ -50,13 +50,14 @@ def test_loss_and_gradients_are_those_of_the_equations(train, method, fused):
         check_power({"errors_at_wrong_temperature": result["errors_at_wrong_temperature"][:1]})
 
 
-def test_save_and_restore(train, tmp_path):
-    """Stopped after one epoch and resumed, with an update of the centre pending: the run that was not stopped."""
-    whole = train("iBOT", norms=True)
-    first = train("iBOT", norms=True, epochs=1)
+@ALL
+def test_save_and_restore(train, method, tmp_path):
+    """Stopped after one epoch and resumed, an update of the centre pending where there is one: the same run."""
+    whole = train(method, norms=True)
+    first = train(method, norms=True, epochs=1)
     file = tmp_path / "checkpoint.pt"
     torch.save(first["checkpoint"], file)
-    second = train("iBOT", first_epoch=1, resume=str(file))
+    second = train(method, first_epoch=1, resume=str(file))
     assert torch.equal(torch.stack(first["losses"] + second["losses"]), torch.stack(whole["losses"]))
     for part in ("student", "teacher", "state_of_loss"):
         torch.testing.assert_close(second[part], whole[part], rtol=0, atol=0)
