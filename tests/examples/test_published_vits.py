@@ -3,12 +3,19 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from backbones.models_of_weights import build_model, check_names
 from backbones.open_backbone import open_backbone
 from backbones.original_names import backbone_weights, to_transformers
 from backbones.timm_models import original_weights
 from published_vits import PUBLISHED, Published, Shapes
+
+
+@pytest.fixture
+def _no_random_weights(monkeypatch):
+    """On the meta device they would take most of the time, and are nothing."""
+    monkeypatch.setattr(PreTrainedModel, "init_weights", lambda model: None)
 
 
 def weights_of(shapes: Shapes) -> dict[str, Tensor]:
@@ -28,6 +35,7 @@ def check(published: Published, weights: dict[str, Tensor], heads: int | None = 
     assert config.image_size == (518 if published.code == "dinov2" else 224) // published.patch * published.patch
 
 
+@pytest.mark.usefixtures("_no_random_weights")
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name)
 def test_every_published_size_is_mapped(published):
     check(published, weights_of(published.shapes()))
@@ -37,6 +45,7 @@ def published_as(name: str) -> Published:
     return next(published for published in PUBLISHED if published.name == name)
 
 
+@pytest.mark.usefixtures("_no_random_weights")
 def test_chunked_blocks_and_heads_of_a_training_of_dinov2():
     published = published_as("dinov2-dinov2_vits14")
     shapes = {
@@ -47,6 +56,7 @@ def test_chunked_blocks_and_heads_of_a_training_of_dinov2():
     check(published, weights_of(shapes | {"dino_head.mlp.0.weight": (8, 8), "ibot_head.last_layer.weight_v": (8, 8)}))
 
 
+@pytest.mark.usefixtures("_no_random_weights")
 @pytest.mark.parametrize("name", ["dino-vit_small-16", "dinov2-dinov2_vitb14", "dinov2-dinov2_vitg14_reg"])
 def test_names_of_timm(name):
     """As its own models have them: see `test_encoders_of_timm_itself`."""

@@ -84,7 +84,7 @@ def load_weights(model: PreTrainedModel, weights: Weights) -> None:
             raise ValueError(
                 f"rope_embed.periods (={periods.tolist()}) must be a number > 0 for four columns of a head"
             )
-        model.rope_embeddings.inv_freq.copy_(1 / periods)
+        model.rope_embeddings.inv_freq.copy_(1 / periods.float())
 
 
 def check_names(model: PreTrainedModel, renamed: Weights) -> None:

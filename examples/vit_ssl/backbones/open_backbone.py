@@ -24,10 +24,8 @@ def open_backbone(source: str, *, key: str = "teacher", heads: int | None = None
 
     - `timm:NAME`: an encoder of timm, see `timm_models`;
     - a .pth file: the network under `key`, see `public_checkpoints`. `heads` is its number of attention heads, needed
-      for widths other than those of the published models;
-    - anything else: a folder or a hub name that `AutoModel` opens.
-
-    No code in any of these files is executed.
+      for widths other than those of the published models. No code in the file is executed;
+    - anything else: a folder or a hub name that `AutoModel` opens, without code of others, too.
 
     Raises:
         ImportError: timm is asked for and not installed.
