@@ -1,4 +1,4 @@
-"""The losses of compat.dinov2 and compat.lightly with fused=True: the same numbers without any logits."""
+"""The losses of compat.dinov2, lightly and stable_pretraining with fused=True: the same numbers without any logits."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from test_cross_entropy_memory import LargestResult, NewTensors
 from vmf_heads import HeadOutput
-from vmf_heads.compat import dinov2, lightly
+from vmf_heads.compat import dinov2, lightly, stable_pretraining
 from vmf_heads.compat._sinkhorn import sinkhorn_knopp
 
 K, P, IMAGES, PATCHES, CROPS = 96, 4, 6, 9, 4
@@ -78,11 +78,48 @@ def lightly_unmasked(loss: Any, student: nn.Module, teacher: nn.Module, tokens: 
     return loss(teacher(tokens), student(tokens))
 
 
+def stable_views(
+    loss: Any, student: nn.Module, teacher: nn.Module, tokens: Tensor, *, sinkhorn: bool = False
+) -> Tensor:
+    """As in stable-pretraining's methods, which view the output of all crops as (views, images, columns)."""
+    output = teacher(tokens[:, :2].transpose(0, 1).flatten(0, 1)).view(2, IMAGES, -1)
+    read = loss.sinkhorn_knopp_teacher if sinkhorn else loss.softmax_center_teacher
+    targets = read(output, teacher_temp=0.05)
+    value = loss(student(tokens[:, :CROPS].transpose(0, 1).flatten(0, 1)).view(CROPS, IMAGES, -1), targets)
+    if not sinkhorn:
+        loss.update_center(output)
+    return value
+
+
+def stable_views_sinkhorn(loss: Any, student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
+    return stable_views(loss, student, teacher, tokens, sinkhorn=True)
+
+
+def stable_more_views_of_the_teacher(loss: Any, student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
+    views = tokens.transpose(0, 1)
+    return loss(student(views[:2]), loss.softmax_center_teacher(teacher(views[:3]), teacher_temp=0.05))
+
+
+def stable_masked(loss: Any, student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
+    """All patches run, and the masked ones are selected from what the heads return."""
+    outputs = [head(tokens.flatten(0, 1)).view(IMAGES, PATCHES, -1) for head in (student, teacher)]
+    patches, targets = (output.reshape(-1, output.shape[-1])[mask().flatten()] for output in outputs)
+    return loss(patches, loss.sinkhorn_knopp_teacher(targets, 0.05, num_samples=len(targets)))
+
+
+def stable_loss(total: int, **options: Any) -> nn.Module:
+    return stable_pretraining.DINOv1Loss(**options)  # `attach` tells it the number of prototypes
+
+
+def stable_patch_loss(total: int, *, fused: bool, **options: Any) -> nn.Module:
+    return stable_pretraining.iBOTPatchLoss(fused=fused)  # which has no centre
+
+
 def dinov2_cls_sinkhorn(loss: Any, student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
     return dinov2_cls(loss, student, teacher, tokens, sinkhorn=True)
 
 
-CASES: list[tuple[type, Step]] = [
+CASES: list[tuple[Callable[..., Any], Step]] = [
     (dinov2.DINOLoss, dinov2_cls),
     (dinov2.DINOLoss, dinov2_cls_sinkhorn),
     (dinov2.iBOTPatchLoss, dinov2_masked),
@@ -93,6 +130,10 @@ CASES: list[tuple[type, Step]] = [
     (lightly.IBOTPatchLoss, lightly_masked),
     (lightly.IBOTPlusPlusPatchLoss, lightly_all),
     (lightly.IBOTPlusPlusPatchLoss, lightly_unmasked),
+    (stable_loss, stable_views),
+    (stable_loss, stable_views_sinkhorn),
+    (stable_loss, stable_more_views_of_the_teacher),
+    (stable_patch_loss, stable_masked),
 ]
 ALL = pytest.mark.parametrize(("kind", "step"), CASES, ids=[step.__name__ for _, step in CASES])
 
@@ -107,14 +148,15 @@ def heads() -> tuple[nn.Module, nn.Module]:
 
 @ALL
 @pytest.mark.parametrize("centering", ["logit", "probability"])
-def test_fused_is_unfused(kind: type, step: Step, centering: str) -> None:
+def test_fused_is_unfused(kind: Callable[..., Any], step: Step, centering: str) -> None:
     """Losses, gradients and centre of two steps."""
     pair, batches = heads(), [torch.randn(IMAGES, PATCHES, 16, dtype=torch.float64) for _ in range(2)]
     results = []
     for fused in (False, True):
         student, teacher = copy.deepcopy(pair)
-        loss = kind(K, centering=centering, fused=fused).double()
+        loss = kind(K, centering=centering, fused=fused)
         loss.attach(student, teacher)
+        loss.double()
         values = []
         for tokens in batches:
             value = step(loss, student, teacher, tokens)
@@ -124,7 +166,7 @@ def test_fused_is_unfused(kind: type, step: Step, centering: str) -> None:
 
 
 @ALL
-def test_fused_holds_no_logits(kind: type, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_holds_no_logits(kind: Callable[..., Any], step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmf_heads._memory.CHUNK_BYTES", {"cpu": 4 * K * 4})
     tokens, fewest_rows = torch.randn(IMAGES, PATCHES, 16, dtype=torch.float64), 2 * IMAGES
     largest = {}

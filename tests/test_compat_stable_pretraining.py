@@ -143,6 +143,37 @@ def test_copies_are_not_attached(copy_of):
         copied.dino_loss(torch.zeros(2, BATCH, K), torch.zeros(2, BATCH, K))
 
 
+def test_what_a_fused_loss_is_given_and_in_which_order():
+    student, teacher = heads()
+    loss = DINOv2Loss(fused=True)
+    loss.dino_loss.attach(student, teacher)
+    loss.ibot_loss.attach(student, teacher)
+    y = student(torch.randn(2, BATCH, 16))
+    assert y.shape == (2, BATCH, P)
+    with pytest.raises(RuntimeError, match="call `softmax_center_teacher` or `sinkhorn_knopp_teacher` before the loss"):
+        loss.dino_loss(y, y.detach())
+    with pytest.raises(RuntimeError, match="call `sinkhorn_knopp_teacher` before the loss"):
+        loss.ibot_loss(y[0], y[0].detach())
+    with pytest.raises(ValueError, match=r"`student_logits` \(of shape \(2, 5, 24\)\) must be \(\.\.\., 8\)"):
+        loss.dino_loss(torch.zeros(2, BATCH, K), torch.zeros(2, BATCH, K))
+
+
+def test_copies_of_a_fused_loss_leave_the_heads_behind():
+    """What was read last names the teacher's head."""
+    student, teacher = heads()
+    loss = DINOv2Loss(fused=True)
+    loss.dino_loss.attach(student, teacher)
+    loss.ibot_loss.attach(student, teacher)
+    loss.dino_loss.softmax_center_teacher(teacher(torch.randn(2, BATCH, 16)), 0.04)
+    loss.ibot_loss.sinkhorn_knopp_teacher(teacher(torch.randn(7, 16)), 0.04)
+    copied = copy.deepcopy(loss)
+    for part in (copied.dino_loss, copied.ibot_loss):
+        assert part.fused
+        assert part._reading is None
+        with pytest.raises(RuntimeError, match=r"call `attach\(student, teacher\)` once before the loss"):
+            part.sinkhorn_knopp_teacher(torch.zeros(2, K), 0.04)
+
+
 def test_a_checkpoint_without_a_centre_lets_it_start_anew():
     """As stable-pretraining's are, and as it does."""
     pair = heads()

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
+from backbones.public_checkpoints import open_public_checkpoint
 from config.recipe import RECIPES, load_recipe
 from data.files import open_rgb
 from data.images import load_images
@@ -21,7 +22,6 @@ from data.inventory import read_inventory, write_inventory
 from evaluators.features import feature_cache
 from evaluators.features.encoder import open_encoder
 from evaluators.features.extraction import Chunk
-from evaluators.features.public_checkpoints import open_public_checkpoint
 from evaluators.few_shot.splits import listed_sets
 from evaluators.retrieval.landmarks import load_landmarks
 from evaluators.video.davis import load_davis, read_annotation

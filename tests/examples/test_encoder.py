@@ -1,7 +1,6 @@
 """Every source of a backbone gives the tokens of its own model, and nothing else opens."""
 
 import argparse
-import math
 import os
 import pickle
 
@@ -27,6 +26,7 @@ from transformers import (
     ViTMSNModel,
 )
 
+from dino_vit import dino_positions, dino_tokens, dino_weights
 from evaluators.features.encoder import as_encoder, open_encoder, reinitialized
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 8}
@@ -131,58 +131,6 @@ def test_a_folder_with_missing_weights(tmp_path):
         open_encoder(tmp_path)
 
 
-def dino_weights(depth=3, dim=16, patch=8, side=4, seed=0):
-    """A state dict with the names and shapes of DINO's VisionTransformer."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return 0.3 * torch.randn(*shape, generator=generator)
-
-    weights = {"cls_token": draw(1, 1, dim), "pos_embed": draw(1, 1 + side**2, dim)}
-    layers = {"patch_embed.proj": (dim, 3, patch, patch), "norm": (dim,)}
-    for block in range(depth):
-        shapes = {"norm1": (dim,), "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "norm2": (dim,)}
-        shapes |= {"mlp.fc1": (2 * dim, dim), "mlp.fc2": (dim, 2 * dim)}
-        layers |= {f"blocks.{block}.{name}": shape for name, shape in shapes.items()}
-    for name, shape in layers.items():
-        weights |= {f"{name}.weight": draw(*shape) + ("norm" in name), f"{name}.bias": draw(shape[0])}
-    return weights
-
-
-def dino_positions(positions, h, w):
-    """DINO's interpolation of position embeddings (1, side * side, D) of patches: (1, D, h, w)."""
-    side = math.isqrt(positions.shape[1])
-    grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if (h, w) == (side, side):
-        return grid
-    return F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
-
-
-def dino_tokens(weights, x, heads):
-    """The forward pass of DINO's VisionTransformer, from its definition."""
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    dim = weights["pos_embed"].shape[2]
-
-    def linear(x, name):
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def norm(x, name):
-        return F.layer_norm(x, (dim,), weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6)
-
-    patches = F.conv2d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=8)
-    grid = dino_positions(weights["pos_embed"][:, 1:], *patches.shape[2:])
-    cls = (weights["cls_token"] + weights["pos_embed"][:, :1]).expand(len(x), -1, -1)
-    x = torch.cat([cls, (patches + grid).flatten(2).transpose(1, 2)], dim=1)
-    for block in range(depth):
-        qkv = linear(norm(x, f"blocks.{block}.norm1"), f"blocks.{block}.attn.qkv")
-        q, k, v = qkv.unflatten(2, (3, heads, dim // heads)).permute(2, 0, 3, 1, 4)
-        attended = ((q @ k.transpose(2, 3)) / math.sqrt(dim // heads)).softmax(3) @ v
-        x = x + linear(attended.transpose(1, 2).flatten(2), f"blocks.{block}.attn.proj")
-        hidden = F.gelu(linear(norm(x, f"blocks.{block}.norm2"), f"blocks.{block}.mlp.fc1"))
-        x = x + linear(hidden, f"blocks.{block}.mlp.fc2")
-    return norm(x, "norm")
-
-
 def training_checkpoint(prefix="", **networks):
     """As main_dino.py and main_ibot.py save it: a Namespace, and a NumPy learning rate in the optimiser."""
     head = {"head.mlp.0.weight": torch.ones(2, 16), "head.last_layer.weight_v": torch.ones(5, 2)}
@@ -238,10 +186,10 @@ def test_files_in_msns_format_interpolate_like_msn(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm.bias": None}, r"are not those of a ViT; missing: layernorm\.bias"),
+        ({"norm.bias": None}, r"are not those of a ViTModel; missing: layernorm\.bias"),
         ({"blocks.1.gamma_1": torch.ones(16)}, r"unexpected: layers\.1\.gamma_1"),
         ({"norm.bias": torch.ones(8)}, r"of another shape: layernorm\.bias \(8,\), not \(16,\)"),
-        ({"pos_embed": None}, "holds no vision transformer of DINO, iBOT or MSN: no pos_embed"),
+        ({"pos_embed": None}, "is no vision transformer of DINO, iBOT, MSN, DINOv2 or DINOv3: no pos_embed"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, message, tmp_path):
@@ -292,7 +240,7 @@ def test_files_that_are_no_checkpoint(content, tmp_path):
     content = training_checkpoint(teacher=dino_weights())
     content["teacher"]["backbone.norm.bias"][2] = float("nan")
     torch.save(content, tmp_path / "nan.pth")
-    with pytest.raises(ValueError, match=r"nan.pth' holds weights that are NaN or infinite: layernorm.bias$"):
+    with pytest.raises(ValueError, match=r"nan.pth' cannot be opened: weights are NaN or infinite: layernorm.bias$"):
         open_encoder(tmp_path / "nan.pth", heads=2)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="must hold a dict of state dicts, not a list"):

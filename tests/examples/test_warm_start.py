@@ -8,6 +8,7 @@ import torch
 
 import pretrain
 from config.recipe import load_recipe, parse_overrides
+from dino_vit import dino_tokens, dino_weights
 from methods.registry import build_method
 from storage.checksums import check_checksums
 from storage.torch_file import UnreadableFile
@@ -117,5 +118,22 @@ def test_weights_that_are_damaged_or_missing_are_refused(tmp_path: Path) -> None
     backbone = load_run(tmp_path / "run").backbone
     state = {name: value for name, value in backbone.state_dict().items() if name != "layernorm.weight"}
     backbone.save_pretrained(tmp_path / "lacks", state_dict=state)
-    with pytest.raises(ValueError, match=r"must hold the weights of a ViTModel; it lacks layernorm.weight"):
+    with pytest.raises(ValueError, match=r"lacks weights of ViTModel: layernorm.weight"):
         start_from(method, backbone=str(tmp_path / "lacks"))
+
+
+def test_a_backbone_from_a_file_of_dino(tmp_path: Path) -> None:
+    sizes = ("hidden_size=192", "num_hidden_layers=1", "patch_size=8", "image_size=32")
+    weights = dino_weights(depth=1, dim=192, mlp=4)
+    file = tmp_path / "file.pth"
+    torch.save({"teacher": {f"module.backbone.{name}": value for name, value in weights.items()}}, file)
+    method = build_method(load_recipe("photos_dino_vmf", parse_overrides((*TINY, *sizes, "num_attention_heads=3"))))
+    start_from(method, backbone=str(file))
+    images = torch.randn(2, 3, 32, 32)
+    for network in (method.student, method.teacher):
+        with torch.no_grad():
+            got = network.backbone.eval()(pixel_values=images).last_hidden_state
+        torch.testing.assert_close(got, dino_tokens(weights, images, heads=3), rtol=0, atol=1e-4)
+    other = build_method(load_recipe("photos_dino_vmf", parse_overrides((*TINY, *sizes, "num_attention_heads=6"))))
+    with pytest.raises(ValueError, match=r"must have the `num_attention_heads` of the recipe \(=6\), not 3"):
+        start_from(other, backbone=str(file))

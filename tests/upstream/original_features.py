@@ -1,9 +1,11 @@
 """Tokens by an original vision transformer, read by its own code: original_features.py CHECKOUT OUTPUT SETTINGS.
 
 Settings: "file" is a checkpoint, "key" the network in it, "model" the arguments of VisionTransformer, "sizes" those of
-the images. OUTPUT gets the images and, for each of them, the tokens after the final LayerNorm of every block.
+the images. Of DINOv2 and DINOv3 a file with random weights is written where there is none. OUTPUT gets the images and,
+for each of them, the tokens after the final LayerNorm of every block.
 """
 
+import importlib
 import json
 import sys
 from functools import partial
@@ -29,10 +31,15 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
         model = VisionTransformer(**options)
         model.fc = None
         linear_eval.load_pretrained(settings["file"], model, None, "cpu")
-    elif Path(checkout).name == "dinov2":
-        from dinov2.models.vision_transformer import DinoVisionTransformer
-
-        model = DinoVisionTransformer(**settings["model"])
+    elif Path(checkout).name in ("dinov2", "dinov3"):
+        module: Any = importlib.import_module(f"{Path(checkout).name}.models.vision_transformer")
+        model = module.DinoVisionTransformer(**settings["model"])
+        if not Path(settings["file"]).exists():
+            model.init_weights()
+            generator = torch.Generator().manual_seed(0)
+            for parameter in model.parameters():  # many are 0 or tiny
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            torch.save(model.state_dict(), settings["file"])
         model.load_state_dict(torch.load(settings["file"]))
     else:
         if Path(checkout).name == "ibot":
@@ -49,6 +56,11 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
 
 def tokens(model: nn.Module, images: Tensor) -> list[Tensor]:
     """What the blocks give, each after the final LayerNorm; no method of MSN returns patches."""
+    if hasattr(model, "rope_embed"):  # DINOv3, whose blocks take and return lists
+        layers = model.get_intermediate_layers(
+            images, n=model.n_blocks, return_class_token=True, return_extra_tokens=True
+        )
+        return [torch.cat([cls[:, None], extra, patches], dim=1) for patches, cls, extra in layers]
     found: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda block, args, output: found.append(output)) for block in model.blocks]
     cls = model(images)  # of DINOv2, too

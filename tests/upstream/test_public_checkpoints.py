@@ -1,4 +1,4 @@
-"""Files written by the training scripts of DINO, iBOT and MSN open as transformers models with the same tokens."""
+"""Files of the original code open as transformers models with the same tokens, and published sizes are its own."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from evaluators.features.encoder import open_encoder
+from evaluators.features.encoder import Encoder, open_encoder
+from published_vits import PUBLISHED
 from upstream.checkouts import ROOT, Training, copy_of
 
 pytestmark = pytest.mark.slow
@@ -27,19 +28,35 @@ CASES = {
 }
 
 
-def original_tokens(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    checkout, output = copy_of(name, folder), folder / "tokens.pt"
-    script = Path(__file__).with_name("original_features.py")
+def run_original(name: str, script: str, settings: dict[str, Any], folder: Path) -> Path:
+    """Run a script of this folder on a copy of a checkout; return the file that it wrote."""
+    checkout, output = copy_of(name, folder), folder / "output"
     path = os.pathsep.join(str(p) for p in (ROOT / "src", ROOT / "tests"))
+    arguments = [str(Path(__file__).with_name(script)), str(checkout), str(output), json.dumps(settings)]
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(checkout), str(output), json.dumps(settings)],
+        [sys.executable, "-W", "ignore", *arguments],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-    return torch.load(output, weights_only=True)
+    return output
+
+
+def original_tokens(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return torch.load(run_original(name, "original_features.py", settings, folder), weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot", "msn", "dinov2", "dinov3"])
+def test_published_shapes_are_those_of_the_original_code(name, tmp_path_factory):
+    """Of every size, name by name; `test_published_vits` maps the same tables to transformers."""
+    published = [model for model in PUBLISHED if model.code == name]
+    settings = {"models": [(model.module, model.factory, model.options) for model in published]}
+    output = run_original(name, "original_shapes.py", settings, tmp_path_factory.mktemp("shapes"))
+    found = json.loads(output.read_text())
+    assert found == [{key: list(shape) for key, shape in model.shapes().items()} for model in published]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,8 +106,8 @@ def dinov2_weights(model: Dinov2Model, registers: int) -> dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("registers", [0, 3])
-def test_dinov2_in_transformers_gives_the_tokens_of_its_own_code(registers, tmp_path_factory):
-    """At the resolution of its position embeddings and at others, with and without registers."""
+def test_dinov2_gives_the_tokens_of_its_own_code(registers, tmp_path_factory):
+    """As a folder of transformers and as a .pth file, at the resolution of its position embeddings and at others."""
     folder = tmp_path_factory.mktemp("model")
     settings = {
         "hidden_size": 32,
@@ -116,8 +133,45 @@ def test_dinov2_in_transformers_gives_the_tokens_of_its_own_code(registers, tmp_
         },
         tmp_path_factory.mktemp("features"),
     )
-    encoder = open_encoder(folder)
+    for encoder in (open_encoder(folder), open_encoder(folder / "weights.pth", heads=2)):
+        check_tokens(encoder, original, registers)
+
+
+def check_tokens(encoder: Encoder, original: dict[str, Any], registers: int) -> None:
     for images, blocks in zip(original["images"], original["tokens"], strict=True):
         for got, want in zip(encoder.layers(images, 2), blocks, strict=True):
             want = torch.cat([want[:, :1], want[:, 1 + registers :]], dim=1)
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_the_gated_mlp_of_dinov2s_vit_g_is_that_of_its_own_code(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    model = DINOV2 | {"ffn_layer": "swiglu", "num_register_tokens": 2, "interpolate_offset": 0.0}
+    settings = {"file": str(folder / "weights.pth"), "model": model, "sizes": [(112, 112)]}
+    original = original_tokens("dinov2", settings, folder)
+    check_tokens(open_encoder(folder / "weights.pth", heads=2), original, 2)
+
+
+TINY_DINOV3 = {
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "ffn_ratio": 6.0,
+    "layerscale_init": 0.1,
+    "norm_layer": "layernormbf16",
+    "n_storage_tokens": 3,
+    "mask_k_bias": True,
+    "pos_embed_rope_dtype": "fp32",
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ffn_layer": "mlp"}, {"ffn_layer": "swiglu"}, {"qkv_bias": False, "untie_global_and_local_cls_norm": True}],
+)
+def test_dinov3_gives_the_tokens_of_its_own_code(options, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    settings = {"file": str(folder / "weights.pth"), "model": TINY_DINOV3 | options, "sizes": [(64, 64), (40, 72)]}
+    original = original_tokens("dinov3", settings, folder)
+    check_tokens(open_encoder(folder / "weights.pth"), original, 3)

@@ -5,8 +5,8 @@ the originals of what the diff leaves alone are used. Stand-ins: Lightning, tran
 torchvision, timm, the backbone, and the packages' `__init__` files, which import everything.
 
 Settings: "method" is DINO, iBOT, DINOv2 or DINOv3; "unit" freezes prototypes of norm 1 and trains with SGD, "centering"
-is the loss's, "start_of" names the result whose weights to start from, "norms" spreads the prototype norms, "compare"
-compares with the equations, "epochs", "first_epoch" and "resume" stop and continue.
+and "fused" are the losses', "start_of" names the result whose weights to start from, "norms" spreads the prototype
+norms, "compare" compares with the equations, "epochs", "first_epoch" and "resume" stop and continue.
 """
 
 import copy
@@ -181,7 +181,10 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
     sys.path.insert(0, checkout)
     from vmf_heads.compat import stable_pretraining as compat
 
-    compat.DINOv1Loss = partial(compat.DINOv1Loss, centering=settings.get("centering", "probability"))
+    fused = settings.get("fused", False)
+    compat.DINOv1Loss = partial(compat.DINOv1Loss, centering=settings.get("centering", "probability"), fused=fused)
+    compat.iBOTPatchLoss = partial(compat.iBOTPatchLoss, fused=fused)
+    compat.DINOv2Loss = partial(compat.DINOv2Loss, fused=fused)
     method = settings["method"]
     module = build(method)
     if settings.get("start_of"):
@@ -241,6 +244,7 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
         module.dino_loss.apply_center_update()
         result["state_of_loss"] = {"center": module.dino_loss.center.view(1, K)}
     result["reference_centers"] = [reference.center]
+    result["columns"] = next(iter(heads(module).values())).student(torch.zeros(1, DIM)).shape[-1]
     result["checkpoint"] = {
         "state_dict": state,
         "optimizer": optimizer.state_dict(),

@@ -32,7 +32,8 @@ class Options:
     seed: int | None = None
     """Seed in place of the recipe's."""
     init_backbone: str | None = None
-    """Start from this ViT in place of a random one: a run's backbone/, another folder, or a name on the hub."""
+    """Start from this ViT in place of a random one: a run's backbone/, another folder, a name on the hub, timm:NAME, or
+    a .pth file of DINO, iBOT or MSN."""
     init_head: str | None = None
     """Start from this head and its centre: a run's heads/teacher, another folder, or a name on the hub."""
     max_steps: int | None = None

@@ -43,7 +43,8 @@ class Request:
     """What is evaluated, and on what."""
 
     checkpoint: str
-    """Output directory of pretrain.py, AutoModel folder or hub name, or .pth file of DINO, iBOT or MSN."""
+    """Output directory of pretrain.py, AutoModel folder or hub name, timm:NAME, or .pth file of DINO, iBOT, MSN, DINOv2
+    or DINOv3."""
     features: Weights = "teacher"
     """The checkpoint's weights, random ones (for a run: those before its first step), or raw pixels."""
     split: Literal["val", "test"] = "val"
@@ -58,7 +59,7 @@ class Request:
     key: str = "teacher"
     """Which network of a .pth file."""
     heads: int | None = None
-    """Attention heads of the network in a .pth file, where it is no ViT-Ti, S, B, L or H."""
+    """Attention heads of the network in a .pth file, where its width is none of a published model's."""
     extract: ExtractOptions = dataclasses.field(default_factory=ExtractOptions)
     debug: bool = False
     """Show the traceback of an error."""

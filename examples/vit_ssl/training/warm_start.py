@@ -1,4 +1,4 @@
-"""Starting a pretraining from networks of an earlier one: a backbone that transformers opens, a head of vmf_heads."""
+"""Starting a pretraining from networks of an earlier one: a published backbone, a head of vmf_heads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import ViTModel
 
+from backbones.open_backbone import open_backbone
 from methods.method import Method
 from storage.checksums import CHECKSUMS, check_checksums
 from vmf_heads.head import find_head
@@ -19,27 +19,27 @@ __all__ = ["start_from"]
 def start_from(method: Method, backbone: str | None = None, head: str | None = None) -> None:
     """Give student and teacher the weights of `backbone` and `head`; call it before they are wrapped or attached.
 
-    `backbone` is a folder or a name on the hub of a `ViTModel`, such as the backbone/ of a run. `head` is a folder or a
-    name on the hub that `PretrainedHead` reads, such as heads/teacher of a run; its centre becomes the loss's where
-    that averages probabilities. Of iBOT's head it is the part for [CLS], which with `shared_head` is all of it. Both
-    networks start from the same weights, as they do without.
+    `backbone` is whatever `open_backbone` opens as a `ViTModel`: the backbone/ of a run, another folder or a name on
+    the hub, `timm:NAME`, a .pth file of DINO, iBOT or MSN. `head` is a folder or a name on the hub that
+    `PretrainedHead` reads, such as heads/teacher of a run; its centre becomes the loss's where that averages
+    probabilities. Of iBOT's head it is the part for [CLS], which with `shared_head` is all of it. Both networks start
+    from the same weights, as they do without.
 
     Raises:
+        ImportError: timm is asked for and not installed.
         ValueError: the shapes are not those of the recipe, or weights are missing; the message names the first.
         UnreadableFile: a file in a folder that has checksums is not the one that was written.
         FileNotFoundError, OSError: there is nothing of that name.
     """
-    for folder in (Path(source) for source in (backbone, head) if source is not None):
-        if (folder / CHECKSUMS).is_file():
-            check_checksums(folder)
+    if head is not None and (Path(head) / CHECKSUMS).is_file():
+        check_checksums(Path(head))
     if backbone is not None:
-        model, info = ViTModel.from_pretrained(backbone, add_pooling_layer=False, output_loading_info=True)
-        if missing := sorted(name for name in info["missing_keys"] if not name.endswith("mask_token")):
-            raise ValueError(
-                f"`init_backbone` (={backbone!r}) must hold the weights of a ViTModel; it lacks {missing[0]}"
-            )
+        model, name = open_backbone(backbone), f"`init_backbone` (={backbone!r})"
         for network in (method.student, method.teacher):
-            _load(network.backbone, model.state_dict(), f"`init_backbone` (={backbone!r})")
+            _load(network.backbone, model.state_dict(), name)
+            heads, found = (vit.config.num_attention_heads for vit in (network.backbone, model))
+            if heads != found:  # which no shape shows
+                raise ValueError(f"{name} must have the `num_attention_heads` of the recipe (={heads}), not {found}")
     if head is not None:
         pretrained, name = PretrainedHead.from_pretrained(head), f"`init_head` (={head!r})"
         mlp = pretrained.head.get_submodule(pretrained.head.MLP_NAME).state_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import positive
-from .._matmul import at_least_float32, linear_float32
-from .._memory import rows_per_chunk
+from .._matmul import at_least_float32
 from ..prototypes import HeadOutput
 from ..teacher import TeacherSide, features_of
 from ._attached import SingleCenterLoss, joined
-from ._sinkhorn import prototype_offsets, sinkhorn_knopp
+from ._sinkhorn import prototype_offsets_of_features, sinkhorn_knopp
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ class LateCenterLoss(SingleCenterLoss):
     @torch.no_grad()
     def _sinkhorn_knopp(self, teacher_output: Tensor | HeadOutput, teacher_temp: float, n_iterations: int) -> Any:
         """The teacher's assignments (..., K) of its scores (..., K); with fused=True its features as they are."""
+        self._attached()  # raises before anything changes
         self._check_columns("teacher_output", teacher_output)
         self.teacher.check_outputs(teacher_output)
         positive("teacher_temp", teacher_temp)
@@ -114,16 +114,15 @@ class LateCenterLoss(SingleCenterLoss):
             assigned = sinkhorn_knopp(scores.flatten(0, -2), n_iterations, group, temperature=teacher_temp)
             return assigned.view_as(scores)
         side = self.teacher.at(teacher_temp)
-        output = joined([teacher_output], side.layer)
-        prototypes = output.prototypes
-        rows = rows_per_chunk(len(prototypes), prototypes.device, buffers=4)
-
-        def logits() -> Iterable[Tensor]:
-            for chunk in output.features.split(rows):
-                yield linear_float32(chunk, prototypes, exact=side.head.float32_scores).div_(teacher_temp)
-
+        offset = prototype_offsets_of_features(
+            joined([teacher_output], side.layer),
+            n_iterations,
+            group,
+            temperature=teacher_temp,
+            exact=side.head.float32_scores,
+        )
         # The assignments lack log C_p, which the fused cross-entropy adds.
-        self._reading = Reading(side, prototype_offsets(logits, n_iterations, group) + side.log_normalizer)
+        self._reading = Reading(side, offset + side.log_normalizer)
         return teacher_output
 
     def _cross_entropy_fused(
@@ -155,3 +154,7 @@ class LateCenterLoss(SingleCenterLoss):
         self._attached()
         self._check_columns(name, logits)
         return torch.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A reading holds the teacher's head, which a copy, not being attached, must not carry along.
+        return super().__getstate__() | {"_reading": None}

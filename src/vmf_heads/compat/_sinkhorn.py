@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .._checks import at_least
 from .._distributed import all_reduce_sum_
-from .._matmul import at_least_float32
+from .._matmul import at_least_float32, linear_float32
 from .._memory import rows_per_chunk
+from ..prototypes import HeadOutput
 
 Chunks = Callable[[], Iterable[Tensor]]  # every call gives the same logits (c, K), a few rows at a time
 
@@ -60,6 +61,29 @@ def prototype_offsets(chunks: Chunks, n_iterations: int, process_group: dist.Pro
         balanced = (logits.sub_(torch.logsumexp(logits - u, dim=1, keepdim=True)) for logits in chunks())
         u = _logsumexp_over_ranks(_logsumexp_of_columns(balanced), process_group)
     return u
+
+
+@torch.no_grad()
+def prototype_offsets_of_features(
+    output: HeadOutput,
+    n_iterations: int,
+    process_group: dist.ProcessGroup | None,
+    *,
+    temperature: float,
+    exact: bool,
+) -> Tensor:
+    """`prototype_offsets` (K,) of the logits <w, y> / temperature of these features (N, p), few rows at a time.
+
+    `exact` keeps the products in float32 under CUDA autocast.
+    """
+    prototypes = output.prototypes
+    rows = rows_per_chunk(len(prototypes), prototypes.device, buffers=4)
+
+    def logits() -> Iterable[Tensor]:
+        for chunk in output.features.split(rows):
+            yield linear_float32(chunk, prototypes, exact=exact).div_(temperature)
+
+    return prototype_offsets(logits, n_iterations, process_group)
 
 
 def _logsumexp_of_columns(chunks: Iterable[Tensor]) -> Tensor:

@@ -12,10 +12,15 @@ Experimental where the method is DINOv2 or DINOv3. The change to stable_pretrain
 
 Its prototypes are a plain linear layer, so their norms are free from the start. Its centre starts from the first batch
 instead of zero, and is not in its state dict; here it is in the loss's.
+
+With `fused=True` the projectors return features and no logits exist. What stands for targets are then the teacher's
+features, which the loss reads as the last `softmax_center_teacher` or `sinkhorn_knopp_teacher` says; the methods, which
+view, join and select rows of them, stay as they are.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +29,13 @@ from torch import Tensor, nn
 from .._attached import AttachedHeads
 from .._checks import at_least, positive
 from .._matmul import at_least_float32, without_autocast
+from ..cross_entropy import dino_pairs, prototype_cross_entropy
 from ..head import PrototypeHead
 from ..prototypes import LinearPrototypes
-from ..teacher import TeacherTargets
+from ..teacher import TeacherTargets, with_prototypes
 from ._attached import check_not_empty
 from ._late_center import LateCenterLoss
-from ._sinkhorn import sinkhorn_knopp
+from ._sinkhorn import prototype_offsets_of_features, sinkhorn_knopp
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -113,6 +119,8 @@ class DINOv1Loss(LateCenterLoss):
         center_on: see `ProbabilityCentering`; for centering="probability" only.
         center_start: "first_batch" as in stable-pretraining: the first update sets the centre; or "zeros".
         process_group: the ranks that share one centre; None means all of them.
+        fused: compute loss and gradients from features with `prototype_cross_entropy`, without any logits. Same numbers
+            to rounding, a fraction of the memory; attached heads then return features.
 
     `attach(student, teacher)` must be called once, before a state dict is loaded: it tells the number of prototypes.
     State dict: `log_center` (K,) with probability centring, `center` (1, K) with logit centring. One without either, as
@@ -147,17 +155,27 @@ class DINOv1Loss(LateCenterLoss):
         center_on: str = "responsibilities",
         center_start: str = "first_batch",
         process_group: ProcessGroup | None = None,
+        fused: bool = False,
     ) -> None:
         positive("temperature_student", temperature_student)
         # The number of prototypes is not known before `attach`.
         super().__init__(
-            1, temperature_student, center_momentum, (1, 1), centering, center_on, center_start, process_group
+            1,
+            temperature_student,
+            center_momentum,
+            (1, 1),
+            centering,
+            center_on,
+            center_start,
+            process_group,
+            fused=fused,
         )
         self._options: dict[str, Any] = {
             "centering": centering,
             "center_on": center_on,
             "center_start": center_start,
             "process_group": process_group,
+            "fused": fused,
         }
 
     @property
@@ -168,7 +186,7 @@ class DINOv1Loss(LateCenterLoss):
     def attach(self, student: nn.Module, teacher: nn.Module, head: str | None = None) -> None:
         """Find the head in `student` and in `teacher`, make a centre of its size, and take over the temperatures; see
         `TeacherTargets.attach`."""
-        found = AttachedHeads(self.student_temp, fused=False).find(student, teacher, head)
+        found = AttachedHeads(self.student_temp, fused=self.fused).find(student, teacher, head)
         if self.num_prototypes != found.student.num_prototypes:
             self.num_prototypes = found.student.num_prototypes
             self.teacher = TeacherTargets(
@@ -177,7 +195,10 @@ class DINOv1Loss(LateCenterLoss):
         self.teacher.attach(student, teacher, head)
 
     def forward(self, student_logits: Tensor, teacher_probs: Tensor) -> Tensor:
-        """The mean over pairs of different views: logits (S, B, K) of the student, probabilities (T, B, K)."""
+        """The mean over pairs of different views: logits (S, B, K) of the student, probabilities (T, B, K).
+
+        With fused=True both are features (S, B, p) and (T, B, p).
+        """
         if student_logits.dim() != 3 or teacher_probs.dim() != 3 or student_logits.shape[1:] != teacher_probs.shape[1:]:
             raise ValueError(
                 f"`student_logits` (of shape {tuple(student_logits.shape)}) and `teacher_probs` (of shape "
@@ -186,12 +207,23 @@ class DINOv1Loss(LateCenterLoss):
         if len(student_logits) * len(teacher_probs) < 2:
             raise ValueError("`student_logits` and `teacher_probs` must hold two different views: here both hold one")
         check_not_empty("student_logits", student_logits)
+        if self.fused:
+            return self._fused(student_logits, teacher_probs)
         log_probabilities = self._log_student("student_logits", student_logits)
         with without_autocast(student_logits.device):
             cross_entropy = -torch.einsum("sbk,tbk->st", log_probabilities, teacher_probs.to(log_probabilities.dtype))
         other_view = ~torch.eye(*cross_entropy.shape, dtype=torch.bool, device=cross_entropy.device)
-        pairs = cross_entropy.numel() - min(cross_entropy.shape)
-        return cross_entropy.mul(other_view).sum() / (pairs * student_logits.shape[1])
+        return cross_entropy.mul(other_view).sum() / (_pairs(*cross_entropy.shape) * student_logits.shape[1])
+
+    def _fused(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of features (S, B, p) and (T, B, p)."""
+        self._attached()
+        self._check_columns("student_logits", student)
+        s, t, images = len(student), len(teacher), student.shape[1]
+        rows, _ = dino_pairs(images, max(s, t), ngcrops=t, device=student.device)
+        rows = rows[: s * images]
+        weights = rows.new_full(rows.shape, 1 / (_pairs(s, t) * images), dtype=torch.float64)
+        return self._cross_entropy_fused([student], [teacher], weights, rows)
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
@@ -200,9 +232,10 @@ class DINOv1Loss(LateCenterLoss):
         teacher_temp: float,
         num_samples: int | Tensor | None = None,
         n_iterations: int = 3,
-    ) -> Tensor:
+    ) -> Any:
         """The teacher's assignments (..., K) by Sinkhorn-Knopp over all ranks, for logits of any size.
 
+        With fused=True the output, features (..., p), comes back as it is, to be read this way by the loss.
         `num_samples` cancels and is left as it is.
         """
         return self._sinkhorn_knopp(teacher_logits, teacher_temp, n_iterations)
@@ -223,6 +256,7 @@ class iBOTPatchLoss(nn.Module):
     Args:
         student_temp: the student's temperature.
         process_group: the ranks that share the assignments; None means all of them.
+        fused: as in `DINOv1Loss`.
 
     `attach(student, teacher)` must be called once. No state.
 
@@ -233,18 +267,28 @@ class iBOTPatchLoss(nn.Module):
     Reference: Govindarajan et al., ICLR 2023, Eq. 6 and appendix A.5; Zhou et al., ICLR 2022.
     """
 
-    def __init__(self, student_temp: float = 0.1, *, process_group: ProcessGroup | None = None) -> None:
+    # With fused=True: at which temperature, and less which offsets (K,), the teacher's features are read.
+    _reading: tuple[float, Tensor] | None = None
+
+    def __init__(
+        self, student_temp: float = 0.1, *, process_group: ProcessGroup | None = None, fused: bool = False
+    ) -> None:
         super().__init__()
         self.student_temp = student_temp
         self.process_group = process_group
-        self._heads = AttachedHeads(student_temp, fused=False)
+        self._heads = AttachedHeads(student_temp, fused=fused)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the attached heads return features instead of logits and scores."""
+        return self._heads.fused
 
     def attach(self, student: nn.Module, teacher: nn.Module, head: str | None = None) -> None:
         """Find the head in `student` and in `teacher` and take over the temperatures; see `TeacherTargets.attach`."""
         self._heads.take(self._heads.find(student, teacher, head))
 
     def forward(self, student_patch_logits: Tensor, teacher_patch_probs: Tensor) -> Tensor:
-        """The mean over masked patches: logits and probabilities (M, K)."""
+        """The mean over masked patches: logits and probabilities (M, K); with fused=True features (M, p)."""
         self._heads.get()
         if student_patch_logits.shape != teacher_patch_probs.shape:
             raise ValueError(
@@ -252,8 +296,29 @@ class iBOTPatchLoss(nn.Module):
                 f"`teacher_patch_probs` (={tuple(teacher_patch_probs.shape)})"
             )
         check_not_empty("student_patch_logits", student_patch_logits)
+        if self.fused:
+            return self._fused(student_patch_logits, teacher_patch_probs)
         log_probabilities = torch.log_softmax(at_least_float32(student_patch_logits) / self.student_temp, dim=-1)
         return -(at_least_float32(teacher_patch_probs) * log_probabilities).sum(dim=-1).mean()
+
+    def _fused(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of features (M, p)."""
+        if self._reading is None:
+            raise RuntimeError(
+                "call `sinkhorn_knopp_teacher` before the loss: it tells how the loss reads the teacher's features"
+            )
+        pair = self._heads.get()
+        temperature, offset = self._reading
+        with without_autocast(student.device) if pair.teacher.float32_scores else nullcontext():
+            total, _, _ = prototype_cross_entropy(
+                with_prototypes(student, pair.student.last_layer),
+                with_prototypes(teacher, pair.teacher.last_layer),
+                student_temperature=self.student_temp,
+                teacher_temperature=temperature,
+                normalizer=pair.teacher.normalizer,
+                log_center=offset,
+            )
+        return total / len(student)
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
@@ -262,14 +327,30 @@ class iBOTPatchLoss(nn.Module):
         teacher_temp: float,
         num_samples: int | Tensor | None = None,
         n_iterations: int = 3,
-    ) -> Tensor:
-        """The teacher's assignments (M, K) by Sinkhorn-Knopp over all ranks; `num_samples` cancels."""
+    ) -> Any:
+        """The teacher's assignments (M, K) by Sinkhorn-Knopp over all ranks; `num_samples` cancels.
+
+        With fused=True the output, features (M, p), comes back as it is, to be read this way by the loss.
+        """
         self._heads.check_outputs(teacher_patch_tokens)
         temperature = positive("teacher_temp", teacher_temp)
-        return sinkhorn_knopp(teacher_patch_tokens, n_iterations, self.process_group, temperature=temperature)
+        if not self.fused:
+            return sinkhorn_knopp(teacher_patch_tokens, n_iterations, self.process_group, temperature=temperature)
+        head = self._heads.get().teacher
+        offset = prototype_offsets_of_features(
+            with_prototypes(teacher_patch_tokens, head.last_layer),
+            n_iterations,
+            self.process_group,
+            temperature=temperature,
+            exact=head.float32_scores,
+        )
+        # The assignments lack log C_p, which the fused cross-entropy adds.
+        self._reading = (temperature, offset + head.log_normalizer(temperature, head.last_layer.gathered_norms()))
+        return teacher_patch_tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_heads": AttachedHeads(self.student_temp, fused=False)}  # not attached
+        heads = AttachedHeads(self.student_temp, fused=self.fused)
+        return super().__getstate__() | {"_heads": heads, "_reading": None}  # a copy is not attached
 
 
 class DINOv2Loss(nn.Module):
@@ -284,6 +365,7 @@ class DINOv2Loss(nn.Module):
         temperature_student: the student's temperature for [CLS] tokens.
         center_momentum: momentum of the centre, which Sinkhorn-Knopp does not use.
         student_temp: the student's temperature for patches.
+        fused: as in `DINOv1Loss`, for both.
 
     Reference: Govindarajan et al., ICLR 2023, Eq. 6; Oquab et al., TMLR 2024.
     """
@@ -295,12 +377,14 @@ class DINOv2Loss(nn.Module):
         temperature_student: float = 0.1,
         center_momentum: float = 0.9,
         student_temp: float = 0.1,
+        *,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.dino_loss_weight = dino_loss_weight
         self.ibot_loss_weight = ibot_loss_weight
-        self.dino_loss = DINOv1Loss(temperature_student, center_momentum)
-        self.ibot_loss = iBOTPatchLoss(student_temp)
+        self.dino_loss = DINOv1Loss(temperature_student, center_momentum, fused=fused)
+        self.ibot_loss = iBOTPatchLoss(student_temp, fused=fused)
 
     def forward(
         self,
@@ -314,3 +398,8 @@ class DINOv2Loss(nn.Module):
         if student_patch_logits is None or teacher_patch_probs is None:
             return loss
         return loss + self.ibot_loss_weight * self.ibot_loss(student_patch_logits, teacher_patch_probs)
+
+
+def _pairs(student_views: int, teacher_views: int) -> int:
+    """The number of pairs of two different views."""
+    return student_views * teacher_views - min(student_views, teacher_views)

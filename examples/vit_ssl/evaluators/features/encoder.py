@@ -1,4 +1,4 @@
-"""A frozen vision transformer as the evaluations use it, from a run, a transformers model or an original .pth file."""
+"""A frozen vision transformer as the evaluations use it, from a run or from whatever `open_backbone` opens."""
 
 from __future__ import annotations
 
@@ -8,18 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
-from evaluators.features.position_embeddings import interpolate_as_dino
-from evaluators.features.public_checkpoints import open_public_checkpoint
-from storage.checksums import CHECKSUMS, check_checksums
-from storage.torch_file import UnreadableFile
+from backbones.open_backbone import SOURCES, open_backbone
 from training.checkpoint_file import CHECKPOINT
-
-SOURCES = (
-    "the --output directory of pretrain.py, a folder or hub name that transformers' AutoModel opens, or an original "
-    "checkpoint (.pth) of DINO, iBOT or MSN"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,27 +70,18 @@ class Encoder:
 def open_encoder(
     source: str | Path, device: torch.device | str = "cpu", *, key: str = "teacher", heads: int | None = None
 ) -> Encoder:
-    """Open a backbone for evaluation, in float32; one of our own runs is opened by `request.open_evaluation` instead.
+    """Open a backbone for evaluation, in float32, as `open_backbone` does, and raise what that raises.
 
-    - a folder or hub name that `AutoModel` opens, with a [CLS] token and patch tokens (DINO, MSN, DINOv2, ...);
-    - an original .pth file of DINO, iBOT or MSN: the network under `key`, see `public_checkpoints`. `heads` is its
-      number of attention heads, needed for widths other than those of ViT-Ti/S/B/L/H.
-
-    No code in any of these files is executed.
-
-    Raises:
-        FileNotFoundError: `source` is a path where there is no such thing.
-        ValueError: the file or model is of another kind or incomplete; the message names what is missing.
+    One of our own runs is opened by `request.open_evaluation` instead.
     """
-    path = Path(source)
-    if path.is_file():
-        model: PreTrainedModel = open_public_checkpoint(path, key=key, heads=heads)
-        return dataclasses.replace(as_encoder(model.to(device), str(source)), key=key)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(
-            f"`source` (={str(source)!r}) holds neither {CHECKPOINT} nor config.json: give {SOURCES}"
+            f"`source` (={str(source)!r}) holds neither {CHECKPOINT} nor config.json: give the --output directory of "
+            f"pretrain.py, {SOURCES}"
         )
-    return as_encoder(_open_auto_model(str(source)).to(device), str(source))
+    model: PreTrainedModel = open_backbone(str(source), key=key, heads=heads)
+    encoder = as_encoder(model.to(device), str(source))
+    return dataclasses.replace(encoder, key=key) if Path(source).is_file() else encoder
 
 
 def as_encoder(model: PreTrainedModel, source: str, *, image_size: int | None = None) -> Encoder:
@@ -146,26 +129,3 @@ def _side(size: int | list[int] | tuple[int, int]) -> int:
     if height != width:
         raise ValueError(f"images and patches must be square, not {height} x {width} px")
     return height
-
-
-def _open_auto_model(source: str) -> PreTrainedModel:
-    if (Path(source) / CHECKSUMS).is_file():  # pretrain.py wrote it; safetensors has no checksums of its own
-        check_checksums(Path(source))
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        # A ViT saved without its pooler, which no protocol uses, would get a random one.
-        options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-        if (depth := getattr(config, "num_hidden_layers", 1)) > 1000:  # they would be built before weights are missed
-            raise ValueError(f"`num_hidden_layers` (={depth}) must be at most 1000")
-        model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
-    except OSError as error:
-        raise FileNotFoundError(f"cannot open `source` (={source!r}), expected {SOURCES}: {error}") from error
-    except Exception as error:  # whatever files that somebody else made can make of transformers
-        raise UnreadableFile(f"a file of {source!r} is damaged or of no model that AutoModel opens: {error}") from error
-    if missing := sorted(name for name in info["missing_keys"] if not name.endswith("mask_token")):
-        raise ValueError(f"{source!r} lacks weights of {type(model).__name__}: {', '.join(missing)}")
-    if wrong := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
-        raise ValueError(f"{source!r} holds weights that are NaN or infinite: {', '.join(wrong)}")
-    if config.model_type == "dinov2":
-        interpolate_as_dino(model)
-    return model

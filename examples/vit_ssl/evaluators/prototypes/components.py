@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evaluators.features.public_checkpoints import read_network
+from backbones.public_checkpoints import read_network
 from evaluators.protocol import Evaluation, NotApplicable
 from vmf_heads import VMFPrototypeHead
 
