@@ -5,9 +5,9 @@
 
 writes recipe.yaml, metrics.jsonl (a row per step), checkpoint.pt and, at the end, the teacher's backbone as a
 transformers model in backbone/ and the heads in heads/. --data takes images of your own; --list-recipes and --explain
-FIELD tell what there is to choose. SIGTERM or Ctrl-C saves and stops; --resume --output RUN continues at that very
-step, with any number of processes. With the same number (of a stream's loader processes, too) and on CPUs it gives bit
-for bit the losses of an uninterrupted run.
+FIELD tell what there is to choose; --watch N measures the features every N epochs and draws curves.html. SIGTERM or
+Ctrl-C saves and stops; --resume --output RUN continues at that very step, with any number of processes. With the same
+number (of a stream's loader processes, too) and on CPUs it gives bit for bit the losses of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from training.schedules import Schedules, StepValues
 from training.session import Session, work_of, writing
 from training.step import check_statistics, seed_step, to_device
 from training.warm_start import start_from
+from watching.watcher import Watcher
 
 
 def main(options: Options) -> None:
@@ -103,6 +104,7 @@ def train(options: Options) -> None:
     # ------------------------------------------------------------------ Checkpoints, log, progress and signals
     window = max(100, steps_per_epoch) if options.collapse_window is None else options.collapse_window
     detector = CollapseDetector(recipe.out_dim, window, images_at_once)
+    watcher = Watcher(images, recipe, source.data, every=options.watch) if options.watch else None
     session = Session(
         recipe,
         output,
@@ -141,7 +143,14 @@ def train(options: Options) -> None:
                     check_statistics(statistics, recipe)
                     if epoch >= recipe.warmup_epochs:
                         detector.update(statistics)
-                session.log_step({"epoch": epoch, **now._asdict(), **statistics})
+                seen: dict[str, float] = {}
+                if watcher and watcher.due(session.step, steps_per_epoch, last_step) and not session.signal:
+                    seen = watcher.look(method)
+                session.log_step({"epoch": epoch, **now._asdict(), **statistics, **seen}, always=bool(seen))
+                if watcher and seen:
+                    with session.errors_name_the_step():
+                        watcher.draw(output, refresh=session.step < last_step)
+                    session.start_clock(epoch)
                 if session.signal:
                     break
             due = (epoch + 1) % recipe.save_every == 0 and not detector.suspicious

@@ -59,6 +59,9 @@ class Options:
     """Steps between rows of metrics.jsonl."""
     tensorboard: bool = False
     """Write the same numbers for `tensorboard --logdir OUTPUT/tensorboard`."""
+    watch: int = 0
+    """Every so many epochs measure the teacher's features on a small sample of images (kNN, linear probe, RankMe, ...)
+    for metrics.jsonl, and draw the page OUTPUT/curves.html; it changes no loss. 0: never."""
     collapse_window: int | None = None
     """Stop a run that looks collapsed for so many steps on end; by default an epoch, at least 100. 0: never."""
     export_program: bool = False
@@ -72,7 +75,7 @@ class Options:
     def check(self) -> None:
         """Raise ValueError naming a number that is out of range, or the folder of the run when it is missing."""
         lowest = {"max_steps": 1, "images_per_epoch": 1, "log_every": 1, "collapse_window": 0, "num_workers": 0}
-        lowest |= {"prototype_parallel": 1}
+        lowest |= {"prototype_parallel": 1, "watch": 0}
         for name, low in lowest.items():
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"`{name}` (={value}) must be at least {low}")

@@ -13,13 +13,14 @@ from data.augment import MultiCrop
 from data.masking import block_mask, kept_patches
 
 
-def multi_crop(recipe: Recipe) -> MultiCrop:
-    """Return the crops of a recipe and their augmentation."""
+def multi_crop(recipe: Recipe, *, num_global: int | None = None, num_local: int | None = None) -> MultiCrop:
+    """Return the crops of a recipe and their augmentation; the numbers of crops are the recipe's unless given."""
+    of_recipe = 2 if recipe.msn is None else 1 + recipe.msn.rand_views
     return MultiCrop(
         recipe.image_size,
         recipe.local_size,
-        recipe.num_local_crops,
-        num_global=2 if recipe.msn is None else 1 + recipe.msn.rand_views,
+        recipe.num_local_crops if num_local is None else num_local,
+        num_global=of_recipe if num_global is None else num_global,
         global_scale=recipe.global_scale,
         local_scale=recipe.local_scale,
         color_strength=recipe.color_strength,

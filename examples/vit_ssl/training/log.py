@@ -85,6 +85,13 @@ def summary(output: Path) -> list[str]:
     if "kappa_p05" in last:
         quantiles = ", ".join(f"{text} {last[name]:.3g}" for text, name in QUANTILES.items())
         lines.append(f"kappa of the prototypes: {quantiles}")
+    looks = [row for row in rows if "feature_std" in row]
+    if accuracies := [100 * row["knn_top1"] for row in looks if "knn_top1" in row]:
+        lines.append(
+            f"kNN on some validation images: {accuracies[0]:.1f} % at first, {accuracies[-1]:.1f} % at the end"
+        )
+    if looks:
+        lines.append(f"its curves: {output / 'curves.html'}")
     return [*lines, f"time: {last['seconds']:.0f} s in {last['step']} steps, {speed:.0f} images/s at the end"]
 
 

@@ -181,7 +181,7 @@ class Session:
         )
 
     def start_clock(self, epoch: int) -> None:
-        """Begin to measure the time of steps, those of this epoch; what it took to save is not theirs."""
+        """Begin to measure the time of steps, those of this epoch; what it took to save or to look is not theirs."""
         self._bar.set_description(f"{self.recipe.name} epoch {epoch + 1}/{self.recipe.epochs}", refresh=False)
         self._tick = time.perf_counter()
 
@@ -206,9 +206,9 @@ class Session:
                 raise OSError(f"step {self.step}: {explain(error)}. {kept}") from error
             raise type(error)(f"step {self.step}: {error}. {kept}") from None
 
-    def log_step(self, row: Mapping[str, float]) -> None:
-        """Show the step that was counted, and write its numbers to the log if it is due."""
-        if self._log and (self.step % self.log_every == 0 or self.step == self.last_step):
+    def log_step(self, row: Mapping[str, float], *, always: bool = False) -> None:
+        """Show the step that was counted, and write its numbers to the log if it is due or `always`."""
+        if self._log and (always or self.step % self.log_every == 0 or self.step == self.last_step):
             speed = {"images_per_second": self.recipe.batch_size / self._duration, "seconds": self._seconds}
             with self.errors_name_the_step():
                 self._log.write({"step": self.step, **row, **speed})

@@ -120,10 +120,12 @@ def extract(
     half: bool = False,
     batch_size: int = 256,
     num_workers: int = 0,
+    quiet: bool = False,
 ) -> Iterator[Chunk]:
     """Apply `encode`, batches (B, 3, h, w) -> (B, D), to a split; the chunks come in the order of its images.
 
-    Every rank reads and encodes every `world_size()`-th batch and yields all of them, float32 or float16.
+    Every rank reads and encodes every `world_size()`-th batch and yields all of them, float32 or float16. `quiet` shows
+    no progress.
     """
     batches = [range(first, min(first + batch_size, len(images))) for first in range(0, len(images), batch_size)]
     loader = DataLoader(
@@ -136,7 +138,7 @@ def extract(
     )
     mine = iter(loader)
     rounds = range(0, len(batches), world_size())
-    shown = {"leave": False, "disable": not is_main(), "mininterval": 0.1 if sys.stderr.isatty() else 5}
+    shown = {"leave": False, "disable": quiet or not is_main(), "mininterval": 0.1 if sys.stderr.isatty() else 5}
     for first in tqdm(rounds, desc=f"features of {images.split}", unit="batch", **shown):
         chunk = None
         if first + rank() < len(batches):
