@@ -125,6 +125,8 @@ def train(options: Options) -> None:
         processes += f", prototypes in {options.prototype_parallel} parts" if options.prototype_parallel > 1 else ""
         done = f"{session.step} of {last_step} steps done"
         print(f"{recipe.name}: {len(images)} images, {done}, training on {device()}{processes}")
+        if watcher:
+            print(watcher.plan())
 
     # ------------------------------------------------------------------------------------------------ Training
     with session:
@@ -160,6 +162,8 @@ def train(options: Options) -> None:
                 session.leave()
     if is_main():
         print(f"{recipe.name}: {session.step} steps done")
+        if watcher:
+            print(watcher.cost())
         print_unreadable(output)
 
 

@@ -75,7 +75,7 @@ def features_of_views(images: Images, encode: Callable[[Tensor], Tensor], recipe
 
     chunks = extract(encode_views, images, views, device=device(), batch_size=64 // VIEWS, quiet=True)
     x = assemble(chunks, images)[0].x
-    return x.reshape(len(x), VIEWS, -1)
+    return x.reshape(len(x), VIEWS, x.shape[1] // VIEWS)
 
 
 class _Chosen(Sequence[Any]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,6 +48,7 @@ class Watcher:
         self.recipe, self.every = recipe, every
         self.sample = draw_sample(images, recipe, data)
         self._backbone = random_backbone(recipe, device())
+        self._looks, self._seconds, self._start = 0, 0.0, time.perf_counter()
 
     def due(self, step: int, steps_per_epoch: int, last_step: int) -> bool:
         """Return whether to look after this step: the first, the last, and that of every so many epochs."""
@@ -55,19 +58,37 @@ class Watcher:
         """Return the measures as columns of metrics.jsonl, on the main process; the others help and return {}.
 
         `knn_top1` and `linear_top1` where there are validation images with labels, `rankme`, `lidar`, `alpha_req`,
-        `feature_std` and `watch_seconds`. What is not defined, as of features that are all alike, is left out.
+        `feature_std`. What is not defined, as of features that are all alike, is left out.
         """
-        start = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+        with self._clock(), torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
             found = self._measure(method)
-        defined = {name: value for name, value in found.items() if math.isfinite(value)}
-        return defined | {"watch_seconds": time.perf_counter() - start} if is_main() else {}
+        self._looks += 1
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def draw(self, output: Path, *, refresh: bool) -> None:
         """Write OUTPUT/curves.html anew; with `refresh` it says that the run goes on."""
-        from watching.curves import write_curves  # imported here because matplotlib takes half a second
+        with self._clock():
+            from watching.curves import write_curves  # imported here because matplotlib takes half a second
 
-        write_curves(output, self.recipe.name, refresh=refresh)
+            write_curves(output, self.recipe.name, refresh=refresh)
+
+    def plan(self) -> str:
+        """Return what is looked at, in a line for a person."""
+        bank, val = self.sample.bank, self.sample.val
+        if val is None:
+            return f"watched on {len(bank)} train images; without validation images of several classes there is no kNN"
+        return f"watched on {len(bank)} train and {len(val)} validation images"
+
+    def cost(self) -> str:
+        """Return how long the looks and pages took until now, in a line for a person."""
+        whole = time.perf_counter() - self._start
+        return f"watched: {self._looks} looks took {self._seconds:.1f} s, {self._seconds / whole:.1%} of the time"
+
+    @contextlib.contextmanager
+    def _clock(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
 
     def _measure(self, method: Method) -> dict[str, float]:
         self._copy_weights(method)
