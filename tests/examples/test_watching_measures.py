@@ -17,7 +17,6 @@ def random_features(*shape: int) -> np.ndarray:
     return (x * np.arange(1, shape[-1] + 1) ** -0.7 + 0.3).astype(np.float32)
 
 
-
 def test_rankme_is_the_formula_of_its_paper() -> None:
     x = random_features(30, 12)
     sigma = [math.sqrt(value) for value in np.linalg.eigvalsh(x.astype(float).T @ x.astype(float))]
