@@ -5,6 +5,7 @@ from .distribution import VMFMixture
 from .fit import MixtureFit, fit_vmf_mixture
 from .online import OnlineEM
 from .scores import DensityScores, density_scores
+from .warm_start import warm_start_
 
 __all__ = [
     "DensityScores",
@@ -14,4 +15,5 @@ __all__ = [
     "density_scores",
     "fit_vmf_mixture",
     "vmf_concentration",
+    "warm_start_",
 ]
