@@ -26,6 +26,7 @@ from config.recipe import Recipe, load_recipe, parse_overrides
 from data.inventory import images_of_the_run, keep_inventory
 from data.loading import load_steps, micro_batch_size, training_images
 from data.unreadable import print_unreadable
+from evaluators.features.public_checkpoints import open_public_checkpoint
 from methods.method import Batch, Method, Statistics
 from methods.registry import build_method
 from runtime.distributed import device, is_main, process_group, world_size
@@ -37,7 +38,7 @@ from training.parallel import Strategy, gradients_shared, parallelize
 from training.schedules import Schedules, StepValues
 from training.session import Session, state_to_resume, writing
 from training.step import check_statistics, seed_step, to_device
-from training.warm_start import start_from
+from training.warm_start import fit_head, start_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,11 @@ class Options:
     seed: int | None = None
     """Seed in place of the recipe's."""
     init_backbone: str | None = None
-    """Start from this ViT in place of a random one: a run's backbone/, another folder, or a name on the hub."""
+    """Start from this ViT in place of a random one: a run's backbone/, a folder, a .pth file, or a name on the hub."""
     init_head: str | None = None
     """Start from this head and its centre: a run's heads/teacher, another folder, or a name on the hub."""
+    warm_start_head: bool = False
+    """Start from a head whose prototypes are a vMF mixture, fitted to what --init-backbone makes of the images."""
     max_steps: int | None = None
     """Stop after this many steps of the run, with the schedules of the whole run."""
     resume: bool = False
@@ -96,6 +99,8 @@ def main(options: Options) -> None:
     for name, low in lowest.items():
         if (value := getattr(options, name)) is not None and value < low:
             raise ValueError(f"`{name}` (={value}) must be at least {low}")
+    if options.warm_start_head and (options.init_backbone is None or options.init_head is not None):
+        raise ValueError("`warm_start_head` needs `init_backbone`, to fit a head to, and no `init_head` beside it")
     seed = {} if options.seed is None else {"seed": options.seed}
     recipe = load_recipe(options.recipe, seed | parse_overrides(options.overrides))
     with process_group(), writing(options.output, resume=options.resume):
@@ -120,7 +125,9 @@ def train(recipe: Recipe, options: Options) -> None:
     # ------------------------------------------------------------------------------- Student, teacher and loss
     method = build_method(recipe).to(device()).train()
     if state is None:
-        start_from(method, options.init_backbone, options.init_head)
+        start_from(method, options.init_backbone, options.init_head, open_file=open_public_checkpoint)
+        if options.warm_start_head:
+            fit_head(method, images, options.output, num_workers=workers)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device().type == "cuda")
     parallelize(
         method,
