@@ -1,8 +1,8 @@
 """An MLP that begins as an isometry: a linear map that keeps the directions of its inputs, in spite of its activations.
 
-A random MLP with GELU does not: its activations add much the same to every row, so that images come out more alike than
-they went in. Here units stand in pairs. The input of one is the negative of the other's, and the layer behind them reads
-their difference, which for GELU, ReLU and SiLU is the input itself::
+A random MLP with GELU does not: its activations add much the same to every row, and images come out more alike than
+they went in. Here units stand in pairs. The input of one is the negative of the other's, and the layer behind them
+reads their difference, which for GELU, ReLU and SiLU is the input itself::
 
     act(z) - act(-z) = z
 
