@@ -40,5 +40,5 @@ def test_differences_are_those_of_one_seed() -> None:
     rows = [{"arm": "random", "seed": seed, "knn": 0.5 + seed / 10} | common for seed in (0, 1, 2)]
     rows += [{"arm": "fitted", "seed": s, "knn": 0.6 + s / 10, "fitted_kappa": 40.0} | common for s in (2, 1, 0)]
     table = report.table({"rows": rows})
-    assert "| digits | random |  | 2.00±0.00 | 10±0 | 20±0 | 60.0±5.8 |  |" in table
-    assert "| digits | fitted | 40±0 | 2.00±0.00 | 10±0 | 20±0 | 70.0±5.8 | +10.0±0.0 |" in table
+    assert "| digits | random | 3 |  | 2.00±0.00 | 10±0 | 20±0 | 60.0±5.8 |  |" in table
+    assert "| digits | fitted | 3 | 40±0 | 2.00±0.00 | 10±0 | 20±0 | 70.0±5.8 | +10.0±0.0 |" in table

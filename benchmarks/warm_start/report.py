@@ -9,7 +9,7 @@ from benchmarks.evidence.summary import Rows, select, text
 from benchmarks.evidence.summary import table as markdown
 
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "mixture_warm_start.svg"
-HEADER = ("set", "head", "median κ fitted", "loss before the first step", "used before", "used after")
+HEADER = ("set", "head", "seeds", "median κ fitted", "loss before the first step", "used before", "used after")
 HEADER += ("kNN after", "kNN, minus the random head's")
 COLOURS = ("0.45", "#E69F00", "#D55E00", "#56B4E9", "#0072B2", "#009E73")
 
@@ -22,7 +22,7 @@ def table(result: dict[str, Any]) -> str:
         of_set = select(rows, set=name)
         random = {row["seed"]: row["knn"] for row in of_set if row["arm"] == _arms(rows)[0]}
         before = {row["seed"]: row["knn_before"] for row in of_set}
-        lines.append((name, "the backbone before", "", "", "", "", text(before.values(), digits=1, scale=100), ""))
+        lines.append((name, "the backbone before", str(len(before)), "", "", "", "", text(before.values(), digits=1, scale=100), ""))
         for arm in _arms(of_set):
             own = select(of_set, arm=arm)
             differences = [row["knn"] - random[row["seed"]] for row in own if arm != _arms(rows)[0]]
@@ -30,6 +30,7 @@ def table(result: dict[str, Any]) -> str:
                 (
                     name,
                     arm,
+                    str(len(own)),
                     text((row["fitted_kappa"] for row in own), digits=0) if "fitted_kappa" in own[0] else "",
                     text((row["loss_before"] for row in own), digits=2),
                     text((row["used_before"] for row in own), digits=0),

@@ -56,7 +56,7 @@ def warm_start(*, seeds: tuple[int, ...] = (0, 1, 2), output: Path = Path("runs/
     path = output / "warm_start.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["set"], row["seed"], row["arm"]) for row in rows}
-    for seed, name, arm in itertools.product(seeds, SETS, ARMS):
+    for name, seed, arm in itertools.product(SETS, seeds, ARMS):
         if (name, seed, arm) not in done:
             began = time.process_time()
             row = {"set": name, "seed": seed, "arm": arm} | measured(name, seed, arm, output)
