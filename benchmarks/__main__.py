@@ -23,6 +23,7 @@ from benchmarks.photos import photos
 from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
 from benchmarks.step import step
+from benchmarks.warm_start import warm_start
 
 COMMANDS = {
     "normalizer": normalizer,
@@ -36,6 +37,7 @@ COMMANDS = {
     "evidence": evidence,
     "concentration": concentration,
     "mixture-fit": mixture_fit,
+    "warm-start": warm_start,
     "faults": faults,
     "scale": scale,
     "rank-faults": rank_faults,
