@@ -19,6 +19,7 @@ from benchmarks.matrix import matrix
 from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
+from benchmarks.ood import ood
 from benchmarks.photos import photos
 from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
@@ -36,6 +37,7 @@ COMMANDS = {
     "evidence": evidence,
     "concentration": concentration,
     "mixture-fit": mixture_fit,
+    "ood": ood,
     "faults": faults,
     "scale": scale,
     "rank-faults": rank_faults,

@@ -11,7 +11,7 @@ from string import Template
 from config.recipe import Recipe, load_recipe
 from reporting.html_parts import chart
 from reporting.paper_rows import Row, ablation_row, check_paper_row, paper_row_of
-from reporting.paper_sections import Section, all_numbers, section
+from reporting.paper_sections import Section, all_numbers, ood_sections, section
 from reporting.paper_tables import ABLATION, TABLES
 from reporting.prototype_charts import draw_chart
 from reporting.rows import RESULTS, read_results
@@ -53,6 +53,7 @@ def write_page(
     sections = [
         section(table, rows, of_ablation if table is ABLATION else reference, left_out or {}) for table in TABLES
     ]
+    sections += ood_sections(rows)
     facts = _facts(rows, checkpoint, recipe, reference)
     (output / "evaluation.md").write_text(_markdown(facts, sections, output, rows), encoding="utf-8")
     path = output / "evaluation.html"
@@ -101,7 +102,9 @@ def _html(facts: list[tuple[str, str]], sections: list[Section], output: Path, r
     tables = ""
     for found in sections:
         notes = "".join(f"<p class='caption'>{_with_code(note)}</p>" for note in found.notes)
-        whole = f"<details><summary>The paper's whole table</summary>{table(found.paper)}</details>"
+        whole = ""
+        if found.paper:
+            whole = f"<details><summary>The paper's whole table</summary>{table(found.paper)}</details>"
         tables += f"<section><h2>{escape(found.title)}</h2>{table([found.head, *found.rows])}{notes}{whole}</section>"
     charts = ""
     for name, caption in CAPTIONS.items():

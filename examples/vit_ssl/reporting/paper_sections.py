@@ -1,12 +1,21 @@
-"""The paper's tables with our numbers beside them, as text: what the evaluation page shows."""
+"""What the evaluation page shows, as text: the paper's tables with our numbers beside them, and what is beyond them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from evaluators.ood.scores import IN_WORDS
 from reporting.paper_rows import HOW, SOURCES, Row, Source, data_name, find, is_imagenet
 from reporting.paper_tables import ABLATION, FEW_SHOT, IMAGENET, TRANSFER, UTILISATION, Number, PaperTable
+
+OOD_MEASURES = {"auroc": "AUROC", "fpr95": "FPR95"}
+OOD_NOTE = (
+    "How well each score tells the evaluated images from others. AUROC is the probability that an image of the data "
+    "has the higher score: 100 is perfect, 50 is chance. FPR95 is the share of the images of the data that are "
+    "rejected when 95 % of the others are: 0 is perfect (both as in OpenOOD). Difficulty is the rank correlation, from "
+    "−1 to 1, of the score with whether kNN is right. All scores were fitted to train images alone."
+)
 
 
 class Section(NamedTuple):
@@ -16,7 +25,7 @@ class Section(NamedTuple):
     head: list[str]
     rows: list[list[str]]
     notes: list[str]
-    paper: list[list[str]]  # the paper's whole table, its head first
+    paper: list[list[str]]  # the paper's whole table, its head first; empty where it has none
 
 
 def section(table: PaperTable, rows: Sequence[Row], reference: str | None, left_out: Mapping[str, str]) -> Section:
@@ -89,3 +98,34 @@ def all_numbers(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["protocol", "features", "metric", "value", "measured on"]]
     lines += [[*key[:3], f"{row['value']:.5g}", measured_on(row)] for key, row in last.items()]
     return lines
+
+
+def ood_sections(rows: Sequence[Row]) -> list[Section]:
+    """Return the table of out-of-distribution scores of the last evaluated data and split; none without such rows."""
+    found = [row for row in rows if row["protocol"] == "ood" and row.get("features", "teacher") == "teacher"]
+    if not found:
+        return []
+    where = measured_on(found[-1])
+    last = {row["metric"]: row for row in found if measured_on(row) == where}
+    values = {metric: row["value"] for metric, row in last.items()}
+    of_score = {row["score"]: row for row in last.values()}
+    sets = {row["out"]: row["kind"] for row in last.values() if "out" in row}
+    lines = []
+    for score, row in of_score.items():
+        cells = [
+            number(100 * values[metric] if (metric := f"{measure}_{score}@{name}") in values else None, None, 1)
+            for name in sets
+            for measure in OOD_MEASURES
+        ]
+        correlation = values.get(f"difficulty_{score}")
+        settings = ", ".join(f"{key} {row[key]:g}" for key in ("k", "components", "C") if key in row)
+        lines.append([IN_WORDS[score], *cells, "–" if correlation is None else f"{correlation:+.2f}", settings])
+    titles = [f"{title}, {_named(name, kind)}" for name, kind in sets.items() for title in OOD_MEASURES.values()]
+    head = ["", *titles, "difficulty", "chosen"]
+    return [Section("Out of distribution", head, lines, [OOD_NOTE, f"Measured on {where}."], [])]
+
+
+def _named(name: str, kind: str) -> str:
+    if name == kind:
+        return f"mean of {kind} sets"
+    return name if kind == "out" else f"{name} ({kind})"
