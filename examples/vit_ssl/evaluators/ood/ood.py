@@ -69,8 +69,6 @@ def ood(evaluation: Evaluation, options: OodOptions = OodOptions()) -> Iterator[
     if not sets:
         raise NotApplicable("it needs images of another kind: --out, --near or --far with NAME=DATA")
     train, inside = _some(evaluation.features("train"), options.images), evaluation.features(evaluation.split)
-    if evaluation.features_elsewhere is None:
-        raise NotApplicable("it needs images of the data: give --data DIR, or --dataset NAME")
     outside = {
         found.name: evaluation.features_elsewhere(found.dataset, found.data)(found.split(evaluation.split)).x
         for found in sets
