@@ -19,6 +19,7 @@ from benchmarks.matrix import matrix
 from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
+from benchmarks.ood import ood
 from benchmarks.photos import photos
 from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
@@ -38,6 +39,7 @@ COMMANDS = {
     "concentration": concentration,
     "mixture-fit": mixture_fit,
     "warm-start": warm_start,
+    "ood": ood,
     "faults": faults,
     "scale": scale,
     "rank-faults": rank_faults,

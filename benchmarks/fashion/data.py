@@ -14,6 +14,8 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 VALIDATION = 10_000
 """The last 10 000 of the 60 000 training images are kept apart; settings are chosen on them."""
+MEAN, DEVIATION = 0.286, 0.353
+"""Of the grey values of all training images, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def random_crops(x: Tensor, scale: tuple[float, float], generator: torch.Generat
 
 def _images(images: np.ndarray, labels: np.ndarray) -> Images:
     x = torch.from_numpy(images.astype(np.float32) / 255)[:, None]
-    return Images((x - 0.286) / 0.353, torch.from_numpy(labels.astype(np.int64)))
+    return Images((x - MEAN) / DEVIATION, torch.from_numpy(labels.astype(np.int64)))
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:

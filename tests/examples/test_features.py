@@ -22,6 +22,7 @@ from evaluators.knn import predict as predict_knn
 from evaluators.linear.augmented_epochs import FlippedCrop, augmented_epochs
 from evaluators.linear.sgd_probe import Schedule, train_probes
 from evaluators.linear.sgd_probe import predict as predict_linear
+from evaluators.ood.scores import fit_scores
 from gloo import run_on_ranks
 from runtime.distributed import device
 
@@ -290,6 +291,7 @@ def everything(root):
         "labels": torch.from_numpy(train.labels),
         "val": torch.from_numpy(val.x),
         "knn": torch.from_numpy(predict_knn(train, val, (3,), rows=4)[3]),
+        "density": torch.from_numpy(fit_scores(train, None, num_components=2)(val.x)["mixture_density"]),
         "weights": torch.stack([layer.weight.detach().cpu() for layer in stack.layers]),
         "linear": torch.from_numpy(predict_linear(stack, val.x, rows=4)),
     }

@@ -40,6 +40,12 @@ class Extraction:
     half: bool = False  # kept and handed out as float16
     batch_size: int = 256  # per rank
     num_workers: int = 0
+    keep: float | None = None  # of the shorter side, the share that is cropped; None: as `kept` says
+
+    @property
+    def kept(self) -> float:
+        """The share of the shorter side that is cropped: all of a library set, 224 of 256 px of other images."""
+        return self.keep or share_kept(self.dataset)
 
 
 class Chunk(NamedTuple):
@@ -63,7 +69,7 @@ def features_of(extraction: Extraction) -> FeaturesOf:
         images = load_images(extraction.dataset, split, data=extraction.data)
         if is_main() and images.notes:
             print("\n  ".join([f"{images.split} images of {extraction.data}:", *images.notes]), file=sys.stderr)
-        keep = share_kept(extraction.dataset)
+        keep = extraction.kept
         encoder = extraction.encoder
 
         def encode_batch(batch: Tensor) -> Tensor:
