@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
 from benchmarks.augment import augment
 from benchmarks.concentration import concentration
 from benchmarks.evidence import evidence
-from benchmarks.fashion import fashion, fashion_stability
+from benchmarks.fashion import fashion, fashion_folder, fashion_stability
 from benchmarks.faults import faults
 from benchmarks.fuzz.command import fuzz
 from benchmarks.loss import loss
@@ -22,6 +22,7 @@ from benchmarks.normalizer import normalizer
 from benchmarks.photos import photos
 from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
+from benchmarks.small_recipes import small_recipes
 from benchmarks.step import step
 
 COMMANDS = {
@@ -32,6 +33,8 @@ COMMANDS = {
     "mixture": mixture,
     "fashion": fashion,
     "fashion-stability": fashion_stability,
+    "fashion-folder": fashion_folder,
+    "small-recipes": small_recipes,
     "photos": photos,
     "evidence": evidence,
     "concentration": concentration,

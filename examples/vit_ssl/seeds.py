@@ -29,7 +29,7 @@ SCRIPTS = Path(__file__).parent
 RANDOM = "randomly initialised ViT"
 METHODS = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN"}
 # What two recipes must share so that one untrained network is the baseline of both.
-SHARED = ("dataset", "image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SHARED = ("dataset", "image_size", "backbone", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 SHARED += ("initializer_range",)
 
 

@@ -132,7 +132,7 @@ def test_two_metrics_with_predictions_have_a_file_each(run_directory, folder):
 def test_features_are_what_they_are_called(run_directory, folder):
     run = load_run(run_directory)
     images = [image for image, _ in load_images("folder", "val", data=folder)]
-    batch = torch.stack([EvalTransform(16, keep=224 / 256)(image) for image in images])
+    batch = torch.stack([EvalTransform(16)(image) for image in images])
     with torch.no_grad():
         expected = {
             "teacher": cls_token(run.backbone, batch),

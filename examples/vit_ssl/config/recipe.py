@@ -56,13 +56,15 @@ class Recipe:
     solarize_prob: float  # of the global views but the first; DINO 0.2
     grayscale_prob: float  # of every view; DINO 0.2
 
-    # Backbone: a transformers ViTModel.
-    patch_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    initializer_range: float  # standard deviation of the initial weights, also of the head's MLP; DINO 0.02
-    drop_path: float  # stochastic depth of the student's last layer, rising linearly from 0 at the first
+    # Backbone: a transformers ViTModel, or a ResNetModel of basic blocks; see methods/backbone.py.
+    backbone: Literal["vit", "resnet"]
+    patch_size: int  # side in pixels of what a token stands for; of a ResNet, a position of its last feature map
+    hidden_size: int  # of the features; the stages of a ResNet double up to it
+    num_hidden_layers: int  # blocks; the stages of a ResNet have equally many
+    num_attention_heads: int  # without effect for a ResNet
+    feature_grid: int  # a ResNet's features are means over so many by so many parts of its last map; of a ViT 1
+    initializer_range: float  # standard deviation of the initial weights; DINO 0.02. Of a ResNet, the head's MLP alone
+    drop_path: float  # stochastic depth of the student's last layer, rising linearly from 0 at the first; of a ViT
 
     # Projection head and prototypes.
     normalization: Literal["none", "l2", "vmf"]  # of the prototypes, Table 1; MSN's own is l2
@@ -106,13 +108,42 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_ranges(self, _RANGES)
+        if self.backbone == "vit":
+            self._check_vit()
+        else:
+            self._check_resnet()
+        within = f"at most `epochs` (={self.epochs})"
+        check_fields(self, ("warmup_epochs", "teacher_temp_warmup_epochs"), within, lambda n: n <= self.epochs)
+        self._check_method()
+
+    @property
+    def stages(self) -> int:
+        """Stages of a ResNet, whose stem has stride 4, and every stage but the first stride 2."""
+        return (self.patch_size // 4).bit_length()
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features that the head takes."""
+        return self.hidden_size * self.feature_grid**2
+
+    def _check_vit(self) -> None:
+        check_fields(self, ("feature_grid",), "1 with `backbone` (='vit')", lambda grid: grid == 1)
         whole_patches = f"a multiple of `patch_size` (={self.patch_size})"
         check_fields(self, ("image_size", "local_size"), whole_patches, lambda size: size % self.patch_size == 0)
         whole_heads = f"a multiple of `num_attention_heads` (={self.num_attention_heads})"
         check_fields(self, ("hidden_size",), whole_heads, lambda size: size % self.num_attention_heads == 0)
-        within = f"at most `epochs` (={self.epochs})"
-        check_fields(self, ("warmup_epochs", "teacher_temp_warmup_epochs"), within, lambda n: n <= self.epochs)
-        self._check_method()
+
+    def _check_resnet(self) -> None:
+        of_resnet = "with `backbone` (='resnet')"
+        check_fields(self, ("method",), f"'dino' {of_resnet}: the others need patches", lambda name: name == "dino")
+        check_fields(self, ("patch_size",), f"4, 8, 16 or 32 {of_resnet}", lambda size: size in (4, 8, 16, 32))
+        stages = f"of the {self.stages} stages that `patch_size` (={self.patch_size}) gives"
+        depth = f"a multiple {stages}"
+        check_fields(self, ("num_hidden_layers",), depth, lambda layers: layers % self.stages == 0)
+        doublings = 2 ** (self.stages - 1)
+        width = f"a multiple of {doublings}, the last width over the first {stages}"
+        check_fields(self, ("hidden_size",), width, lambda size: size % doublings == 0)
+        check_fields(self, ("drop_path",), f"0 {of_resnet}", lambda rate: rate == 0)
 
     def _check_method(self) -> None:
         of_method = f"with `method` (={self.method!r})"
@@ -138,7 +169,7 @@ class Recipe:
 
 
 _COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "hidden_dim", "bottleneck_dim")
-_SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers")
+_SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers", "feature_grid")
 _NOT_NEGATIVE = ("num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
 _NOT_NEGATIVE += ("teacher_temp_warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "warmup_start_lr")
 _NOT_NEGATIVE += ("norms_lr_multiplier",)

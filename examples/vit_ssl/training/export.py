@@ -20,7 +20,8 @@ def export(output: Path, push_to_hub: str | None = None) -> None:
     transformers_logging.disable_progress_bar()
     run = load_run(output)
     backbone, heads = run.backbone, run.method.pretrained_heads()
-    backbone.embeddings.mask_token = None  # iBOT's, which only pretraining needs
+    if run.recipe.method == "ibot":
+        backbone.embeddings.mask_token = None  # which only pretraining needs
     with whole_folder(output / "backbone") as folder:
         backbone.save_pretrained(folder)
         write_checksums(folder)

@@ -1,10 +1,11 @@
-"""A frozen vision transformer as the evaluations use it, from a run, a transformers model or an original .pth file."""
+"""A frozen backbone as the evaluations use it, from a run, a transformers model or an original .pth file."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from evaluators.features.position_embeddings import interpolate_as_dino
 from evaluators.features.public_checkpoints import open_public_checkpoint
+from methods.backbone import pooled
 from storage.checksums import CHECKSUMS, check_checksums
 from storage.torch_file import UnreadableFile
 from training.checkpoint_file import CHECKPOINT
@@ -40,6 +42,8 @@ class Encoder:
     """Side in px at which images are evaluated."""
     key: str = "teacher"
     """The name of the network that was read, where the file is an original .pth file."""
+    has_patches: ClassVar[bool] = True
+    """Whether there are patch tokens beside [CLS]."""
 
     def layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Return the tokens of the last `n` blocks, the last one last, each after the final LayerNorm: (B, 1 + h*w, D).
@@ -75,12 +79,33 @@ class Encoder:
         return torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1) if registers else tokens
 
 
+@dataclasses.dataclass(frozen=True)
+class PooledEncoder(Encoder):
+    """A frozen convolutional network: `methods.backbone.pooled` stands for [CLS], and there are no patch tokens.
+
+    It counts as one block, and takes images of any size: its `patch_size` is 1.
+    """
+
+    has_patches: ClassVar[bool] = False
+
+    def layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        """Return the features of images (B, 3, H, W) as the only token of the only block: [(B, 1, D)]."""
+        if n != 1:
+            raise ValueError(f"`n` (={n}) must be 1: a convolutional network has its pooled features alone")
+        return [pooled(self.model, images).unsqueeze(1)]
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Raise ValueError: there are none."""
+        raise ValueError(f"{self.source!r} ({type(self.model).__name__}) has no patch tokens")
+
+
 def open_encoder(
     source: str | Path, device: torch.device | str = "cpu", *, key: str = "teacher", heads: int | None = None
 ) -> Encoder:
     """Open a backbone for evaluation, in float32; one of our own runs is opened by `request.open_evaluation` instead.
 
-    - a folder or hub name that `AutoModel` opens, with a [CLS] token and patch tokens (DINO, MSN, DINOv2, ...);
+    - a folder or hub name that `AutoModel` opens: a vision transformer with a [CLS] token and patch tokens (DINO, MSN,
+      DINOv2, ...), or a convolutional network with a pooled output (ResNet, ConvNeXt, ...);
     - an original .pth file of DINO, iBOT or MSN: the network under `key`, see `public_checkpoints`. `heads` is its
       number of attention heads, needed for widths other than those of ViT-Ti/S/B/L/H.
 
@@ -102,12 +127,14 @@ def open_encoder(
 
 
 def as_encoder(model: PreTrainedModel, source: str, *, image_size: int | None = None) -> Encoder:
-    """Wrap a transformers model, evaluated at `image_size` px (None: the size of its position embeddings).
+    """Wrap a transformers model, evaluated at `image_size` px (None: the size in its configuration, or else 224).
 
-    Freezes the model and sets it to eval mode. Raises ValueError when it is no vision transformer with [CLS] and patch
-    tokens.
+    Freezes the model and sets it to eval mode. Raises ValueError when it is neither a vision transformer with [CLS] and
+    patch tokens nor a convolutional network with a pooled output.
     """
     config = model.config
+    if hasattr(config, "hidden_sizes"):  # one for each stage of a convolutional network
+        return _as_pooled_encoder(model, source, image_size)
     try:
         patch_size, dim, depth = _side(config.patch_size), config.hidden_size, config.num_hidden_layers
         own_size = _side(config.image_size)
@@ -122,6 +149,17 @@ def as_encoder(model: PreTrainedModel, source: str, *, image_size: int | None = 
     if tokens.shape != (1, 1 + 2 * 3, dim):
         raise ValueError(f"{source!r} ({type(model).__name__}) must give a [CLS] token and one token per patch")
     return encoder
+
+
+def _as_pooled_encoder(model: PreTrainedModel, source: str, image_size: int | None) -> PooledEncoder:
+    model.requires_grad_(False).eval()
+    size = image_size or _side(getattr(model.config, "image_size", 224))
+    try:
+        with torch.no_grad():
+            dim = pooled(model, torch.zeros(1, 3, size, size, device=model.device)).shape[1]
+    except AttributeError as error:
+        raise ValueError(f"{source!r} ({type(model).__name__}) must give one pooled output per image") from error
+    return PooledEncoder(model, source, 1, dim, 1, size)
 
 
 def reinitialized(encoder: Encoder, seed: int = 0) -> Encoder:
@@ -155,7 +193,8 @@ def _open_auto_model(source: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         # A ViT saved without its pooler, which no protocol uses, would get a random one.
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-        if (depth := getattr(config, "num_hidden_layers", 1)) > 1000:  # they would be built before weights are missed
+        depth = max(getattr(config, "num_hidden_layers", 1), sum(getattr(config, "depths", None) or [1]))
+        if depth > 1000:  # they would be built before weights are missed
             raise ValueError(f"`num_hidden_layers` (={depth}) must be at most 1000")
         model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except OSError as error:

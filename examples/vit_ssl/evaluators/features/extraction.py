@@ -20,13 +20,15 @@ from data.augment import EvalTransform
 from data.images import Images, load_images
 from evaluators.features import feature_cache
 from evaluators.features.encoder import Encoder
-from evaluators.protocol import Features, FeaturesOf
+from evaluators.protocol import Features, FeaturesOf, NotApplicable
 from runtime.distributed import is_main, on_main, rank, world_size
 from runtime.interruption import leave_process_group
 
 KINDS = ("cls", "last4", "cls+mean_patch")
 LIBRARY_SETS = ("photos", "digits")
-"""These sets of small images are used whole; photographs are cropped, as in ImageNet evaluations."""
+"""These sets come with libraries."""
+WHOLE_BELOW = 112
+"""Images that are evaluated at a smaller side than this, in px, are small ones, such as CIFAR's."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ def features_of(extraction: Extraction) -> FeaturesOf:
     def features(split: str, kind: str = "cls") -> Features:
         if kind not in KINDS:
             raise ValueError(f"`kind` (={kind!r}) must be one of {', '.join(KINDS)}")
+        if kind == "cls+mean_patch" and extraction.encoder and not extraction.encoder.has_patches:
+            raise NotApplicable("features of the kind 'cls+mean_patch' need a backbone with patch tokens")
         images = load_images(extraction.dataset, split, data=extraction.data)
         if is_main() and images.notes:
             print("\n  ".join([f"{images.split} images of {extraction.data}:", *images.notes]), file=sys.stderr)
-        keep = 1.0 if extraction.dataset in LIBRARY_SETS else 224 / 256
+        keep = share_kept(extraction.dataset, extraction.image_size)
         encoder = extraction.encoder
 
         def encode_batch(batch: Tensor) -> Tensor:
@@ -95,6 +99,11 @@ def features_of(extraction: Extraction) -> FeaturesOf:
         return found
 
     return features
+
+
+def share_kept(dataset: str, image_size: int) -> float:
+    """Return the share of an image's shorter side that is evaluated: small images whole, others as ImageNet's are."""
+    return 1.0 if dataset in LIBRARY_SETS or image_size < WHOLE_BELOW else 224 / 256
 
 
 def encode(encoder: Encoder, images: Tensor, kinds: Iterable[str]) -> dict[str, Tensor]:

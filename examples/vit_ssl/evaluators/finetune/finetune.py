@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.augment import EvalTransform
 from data.images import Images, load_images
 from evaluators.features.encoder import Encoder
-from evaluators.features.extraction import LIBRARY_SETS, assemble, extract, report_unreadable
+from evaluators.features.extraction import assemble, extract, report_unreadable, share_kept
 from evaluators.finetune.classifier import Classifier, layer_decay_groups
 from evaluators.finetune.options import FinetuneOptions, check
 from evaluators.finetune.samples import FinetuneDataset, FinetuneTransform, mix, sample_batches, soft_targets
@@ -44,18 +44,20 @@ def finetune(evaluation: Evaluation, options: FinetuneOptions = DEFAULTS) -> Ite
     The encoder itself stays as it is. A val split is needed only to choose among several learning rates.
 
     Raises:
-        NotApplicable: raw pixels, or no images.
+        NotApplicable: raw pixels, a convolutional network, or no images.
         ValueError: an option is out of range.
         OSError: a train image cannot be read.
         FloatingPointError: the loss is not finite.
     """
     if evaluation.encoder is None or evaluation.dataset is None:
         raise NotApplicable("it needs a backbone and images: --data DIR, or --dataset NAME")
+    if not evaluation.encoder.has_patches:
+        raise NotApplicable("it is for vision transformers, not for convolutional networks")
     names = dict.fromkeys(["train", *(["val"] if len(options.lr) > 1 else []), evaluation.split])
     images = {name: load_images(evaluation.dataset, name, data=evaluation.data) for name in names}
     check(options, len(images["train"]))
-    keep = 1.0 if evaluation.dataset in LIBRARY_SETS else 224 / 256
-    transform = EvalTransform(evaluation.encoder.image_size, keep=keep)
+    size = evaluation.encoder.image_size
+    transform = EvalTransform(size, keep=share_kept(evaluation.dataset, size))
     found = {}
     for lr in options.lr:
         classifier = train(evaluation.encoder, images["train"], options, lr)
