@@ -57,6 +57,6 @@ def test_an_interrupted_table_is_continued(tmp_path: Path, monkeypatch: pytest.M
     rows = json.loads(next((tmp_path / "results").iterdir()).read_text())["rows"]
     assert [(row["recipe"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in names]
     assert all(row["cpu_seconds"] > 0 and 0 <= row["knn"] <= 1 and row["step"] == 4 for row in rows)
-    assert capsys.readouterr().out.count("4 steps done") == 4  # none was trained twice
+    assert capsys.readouterr().out.count(": 4 steps done") == 4  # none was trained twice
     assert page.read_text().startswith("before\n<!-- table: small_recipes -->\n\n| ")
     assert page.read_text().count("| raw pixels |") == 1

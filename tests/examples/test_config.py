@@ -59,6 +59,12 @@ def test_a_saved_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None:
     assert recipe_from_dict(dataclasses.asdict(recipe)) == recipe  # as a checkpoint keeps it
 
 
+def test_a_recipe_of_before_there_were_other_backbones_has_a_vit(recipe: Recipe) -> None:
+    settings = dataclasses.asdict(recipe)
+    del settings["backbone"], settings["feature_grid"]
+    assert recipe_from_dict(settings) == recipe
+
+
 def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
     assert yaml.safe_load("1e-3") == "1e-3"
     assert load_recipe("photos_dino_vmf", {"lr": "1e-3"}).lr == 1e-3

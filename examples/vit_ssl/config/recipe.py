@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from config.backbone import check_backbone
 from config.methods import IBOTSettings, MSNSettings
 from config.settings import (
     LOWEST_TEMPERATURE,
@@ -25,6 +26,8 @@ from config.yaml_file import parse_yaml, read_yaml
 from storage.whole_file import whole_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+EARLIER = {"backbone": "vit", "feature_grid": 1}
+"""Fields that recipes and runs of earlier versions do not have, and what these were."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,42 +111,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_ranges(self, _RANGES)
-        if self.backbone == "vit":
-            self._check_vit()
-        else:
-            self._check_resnet()
+        check_backbone(self)
         within = f"at most `epochs` (={self.epochs})"
         check_fields(self, ("warmup_epochs", "teacher_temp_warmup_epochs"), within, lambda n: n <= self.epochs)
         self._check_method()
 
     @property
-    def stages(self) -> int:
-        """Stages of a ResNet, whose stem has stride 4, and every stage but the first stride 2."""
-        return (self.patch_size // 4).bit_length()
-
-    @property
     def feature_size(self) -> int:
         """Width of the features that the head takes."""
         return self.hidden_size * self.feature_grid**2
-
-    def _check_vit(self) -> None:
-        check_fields(self, ("feature_grid",), "1 with `backbone` (='vit')", lambda grid: grid == 1)
-        whole_patches = f"a multiple of `patch_size` (={self.patch_size})"
-        check_fields(self, ("image_size", "local_size"), whole_patches, lambda size: size % self.patch_size == 0)
-        whole_heads = f"a multiple of `num_attention_heads` (={self.num_attention_heads})"
-        check_fields(self, ("hidden_size",), whole_heads, lambda size: size % self.num_attention_heads == 0)
-
-    def _check_resnet(self) -> None:
-        of_resnet = "with `backbone` (='resnet')"
-        check_fields(self, ("method",), f"'dino' {of_resnet}: the others need patches", lambda name: name == "dino")
-        check_fields(self, ("patch_size",), f"4, 8, 16 or 32 {of_resnet}", lambda size: size in (4, 8, 16, 32))
-        stages = f"of the {self.stages} stages that `patch_size` (={self.patch_size}) gives"
-        depth = f"a multiple {stages}"
-        check_fields(self, ("num_hidden_layers",), depth, lambda layers: layers % self.stages == 0)
-        doublings = 2 ** (self.stages - 1)
-        width = f"a multiple of {doublings}, the last width over the first {stages}"
-        check_fields(self, ("hidden_size",), width, lambda size: size % doublings == 0)
-        check_fields(self, ("drop_path",), f"0 {of_resnet}", lambda rate: rate == 0)
 
     def _check_method(self) -> None:
         of_method = f"with `method` (={self.method!r})"
@@ -230,10 +206,10 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
 def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Return the recipe with these settings; every field must be there, with a value of the field's type.
 
-    Raises ValueError, beginning with `source`, where that is not so.
+    Only what `EARLIER` has may be missing. Raises ValueError, beginning with `source`, where that is not so.
     """
     try:
-        return read_settings(Recipe, settings)
+        return read_settings(Recipe, {**EARLIER, **settings})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 

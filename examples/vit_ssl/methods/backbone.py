@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
+from config.backbone import resnet_stages
 from config.recipe import Recipe
 
 
@@ -24,11 +25,12 @@ def build_resnet(recipe: Recipe) -> ResNetModel:
 
     Widths double from stage to stage, so that 8 layers of `hidden_size` 512 and `patch_size` 32 are ResNet-18.
     """
-    widths = [recipe.hidden_size // 2**halvings for halvings in reversed(range(recipe.stages))]
+    stages = resnet_stages(recipe.patch_size)
+    widths = [recipe.hidden_size // 2**halvings for halvings in reversed(range(stages))]
     config = ResNetConfig(
         embedding_size=widths[0],
         hidden_sizes=widths,
-        depths=[recipe.num_hidden_layers // recipe.stages] * recipe.stages,
+        depths=[recipe.num_hidden_layers // stages] * stages,
         layer_type="basic",
         # transformers keeps these two, but does not use them: they say how others get the same features.
         image_size=recipe.image_size,
