@@ -153,6 +153,10 @@ def test_other_convolutional_networks_of_transformers_are_evaluated(tmp_path: Pa
     with torch.no_grad():
         torch.testing.assert_close(encoder.cls(images), model(images).pooler_output)
     assert features_of(Extraction(encoder, "digits", None, 32))("val", "last4").x.shape == (360, 16)
+    model.config.feature_grid = 10**6
+    with pytest.raises(ValueError, match=r"`feature_grid` \(=1000000\) of 'some' must be in 1 \.\.\. 64"):
+        as_encoder(model, "some")
+    model.config.feature_grid = 1
     model.forward = lambda pixel_values: model.encoder(model.embeddings(pixel_values))  # without a pooled output
     with pytest.raises(ValueError, match=r"'some' \(ConvNextV2Model\) must give one pooled output per image"):
         as_encoder(model, "some")

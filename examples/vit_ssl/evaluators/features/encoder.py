@@ -154,9 +154,11 @@ def as_encoder(model: PreTrainedModel, source: str, *, image_size: int | None = 
 def _as_pooled_encoder(model: PreTrainedModel, source: str, image_size: int | None) -> PooledEncoder:
     model.requires_grad_(False).eval()
     size = image_size or _side(getattr(model.config, "image_size", 224))
+    if (grid := getattr(model.config, "feature_grid", 1)) not in range(1, 65):
+        raise ValueError(f"`feature_grid` (={grid!r}) of {source!r} must be in 1 ... 64")
     try:
         with torch.no_grad():
-            dim = pooled(model, torch.zeros(1, 3, size, size, device=model.device)).shape[1]
+            dim = pooled(model, torch.zeros(1, 3, 64, 64, device=model.device)).shape[1]
     except AttributeError as error:
         raise ValueError(f"{source!r} ({type(model).__name__}) must give one pooled output per image") from error
     return PooledEncoder(model, source, 1, dim, 1, size)
