@@ -30,7 +30,7 @@ RANDOM = "randomly initialised ViT"
 METHODS = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN"}
 # What two recipes must share so that one untrained network is the baseline of both.
 SHARED = ("dataset", "image_size", "backbone", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-SHARED += ("initializer_range",)
+SHARED += ("feature_grid", "initializer_range")
 
 
 def main(

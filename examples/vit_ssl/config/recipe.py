@@ -62,7 +62,7 @@ class Recipe:
     # Backbone: a transformers ViTModel, or a ResNetModel of basic blocks; see methods/backbone.py.
     backbone: Literal["vit", "resnet"]
     patch_size: int  # side in pixels of what a token stands for; of a ResNet, a position of its last feature map
-    hidden_size: int  # of the features; the stages of a ResNet double up to it
+    hidden_size: int  # width of the tokens; of a ResNet's last map, to which the width doubles from stage to stage
     num_hidden_layers: int  # blocks; the stages of a ResNet have equally many
     num_attention_heads: int  # without effect for a ResNet
     feature_grid: int  # a ResNet's features are means over so many by so many parts of its last map; of a ViT 1
