@@ -31,6 +31,11 @@ def load(folder: Path | None = None) -> dict[str, Images]:
 
     None: from Debian's package, or else from the hub (`zalando-datasets/fashion_mnist`), which needs `datasets`.
     """
+    return {split: _images(images, labels) for split, (images, labels) in load_arrays(folder).items()}
+
+
+def load_arrays(folder: Path | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The same splits as they are stored: grey values (N, 28, 28) uint8, and classes (N,)."""
     if folder is None and not DEBIAN.is_dir():
         arrays = _from_hub()
     else:
@@ -38,9 +43,9 @@ def load(folder: Path | None = None) -> dict[str, Images]:
     images, labels, test_images, test_labels = arrays
     first = len(images) - VALIDATION
     return {
-        "train": _images(images[:first], labels[:first]),
-        "val": _images(images[first:], labels[first:]),
-        "test": _images(test_images, test_labels),
+        "train": (images[:first], labels[:first]),
+        "val": (images[first:], labels[first:]),
+        "test": (test_images, test_labels),
     }
 
 

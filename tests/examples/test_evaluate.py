@@ -134,7 +134,7 @@ def test_two_metrics_with_predictions_have_a_file_each(run_directory, folder):
 def test_features_are_what_they_are_called(run_directory, folder):
     run = load_run(run_directory)
     images = [image for image, _ in load_images("folder", "val", data=folder)]
-    batch = torch.stack([EvalTransform(16, keep=224 / 256)(image) for image in images])
+    batch = torch.stack([EvalTransform(16)(image) for image in images])
     with torch.no_grad():
         expected = {
             "teacher": cls_token(run.backbone, batch),
@@ -322,8 +322,9 @@ def test_other_images_are_told_from_those_of_the_data(run_directory, folder, tmp
         evaluate.evaluate(request(run_directory, data=folder), "ood", OodOptions(out=("nowhere",)))
 
 
-def test_other_images_are_cropped_as_those_of_the_data(run_directory, folder):
-    """Small sets of libraries are used whole, folders are not: what is compared must differ in its images alone."""
+def test_other_images_are_cropped_as_those_of_the_data(run_directory, folder, monkeypatch):
+    """Sets of libraries are used whole, large folders are not: what is compared must differ in its images alone."""
+    monkeypatch.setattr("data.images.WHOLE_BELOW", 0)  # as if the images were large
     inside = open_evaluation(request(run_directory))  # its own photographs
     x = inside.features_elsewhere("folder", folder)("test").x
     backbone = load_run(run_directory).backbone

@@ -15,7 +15,7 @@ from backbones.open_backbone import open_backbone
 from data.images import Images
 from data.loading import load_steps
 from data.stream import ImageStream
-from methods.backbone import cls_token
+from methods.backbone import features
 from methods.method import Method
 from runtime.distributed import gather_rows, is_main, world_size
 from storage.checksums import CHECKSUMS, check_checksums
@@ -120,6 +120,6 @@ def _global_crops(method: Method, images: Images | ImageStream, output: Path, nu
         end = min(per_epoch, steps - epoch * per_epoch)
         for (batch,) in load_steps(images, recipe, epoch, 0, end, output, accumulate=1, num_workers=num_workers):
             crops = to_device(batch)["crops"][:2]
-            found.append(torch.stack([cls_token(method.teacher.backbone, crop) for crop in crops], dim=1))
+            found.append(torch.stack([features(method.teacher.backbone, crop) for crop in crops], dim=1))
     own = torch.stack(found)  # (steps, images of this process, 2, D)
     return gather_rows(own.flatten()).unflatten(1, own.shape).transpose(0, 1).flatten(0, 3)
