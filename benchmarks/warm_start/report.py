@@ -22,19 +22,8 @@ def table(result: dict[str, Any]) -> str:
         of_set = select(rows, set=name)
         random = {row["seed"]: row["knn"] for row in of_set if row["arm"] == _arms(rows)[0]}
         before = {row["seed"]: row["knn_before"] for row in of_set}
-        lines.append(
-            (
-                name,
-                "the backbone before",
-                str(len(before)),
-                "",
-                "",
-                "",
-                "",
-                text(before.values(), digits=1, scale=100),
-                "",
-            )
-        )
+        knn = text(before.values(), digits=1, scale=100)
+        lines.append((name, "the backbone before", str(len(before)), "", "", "", "", knn, ""))
         for arm in _arms(of_set):
             own = select(of_set, arm=arm)
             differences = [row["knn"] - random[row["seed"]] for row in own if arm != _arms(rows)[0]]
