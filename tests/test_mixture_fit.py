@@ -188,7 +188,7 @@ def test_online_em_follows_features_that_move():
 
 
 def fits_of_rank(rank: int | None) -> list[dict[str, torch.Tensor]]:
-    """Full batches from a start, from k-means++ and with empty components; online; a head; all rows or a share."""
+    """Full batches from a given start, from k-means++ and with empty components; online; a head; all rows or a part."""
     truth = known(4, 12, (80.0, 120.0))
     everything, _ = draw(truth, 900)
     features = everything if rank is None else everything[:300] if rank == 0 else everything[300:]

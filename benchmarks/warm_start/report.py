@@ -22,19 +22,8 @@ def table(result: dict[str, Any]) -> str:
         of_set = select(rows, set=name)
         random = {row["seed"]: row["knn"] for row in of_set if row["arm"] == _arms(rows)[0]}
         before = {row["seed"]: row["knn_before"] for row in of_set}
-        lines.append(
-            (
-                name,
-                "the backbone before",
-                str(len(before)),
-                "",
-                "",
-                "",
-                "",
-                text(before.values(), digits=1, scale=100),
-                "",
-            )
-        )
+        knn = text(before.values(), digits=1, scale=100)
+        lines.append((name, "the backbone before", str(len(before)), "", "", "", "", knn, ""))
         for arm in _arms(of_set):
             own = select(of_set, arm=arm)
             differences = [row["knn"] - random[row["seed"]] for row in own if arm != _arms(rows)[0]]
@@ -72,9 +61,12 @@ def draw(rows: Rows) -> None:
                 own = select(rows, set=name, arm=arm)
                 if own:
                     panel.plot(own[0]["steps"], np.mean([row[key] for row in own], axis=0), color=colour, label=arm)
-            panel.set(title=f"{name}: {label}", xlabel="step")
+            panel.set_title(f"{name}: {label}", fontsize=10)
+            panel.set_xlabel("step")
             if key.startswith("loss"):
-                panel.set_yscale("log")
+                panel.set(yscale="log", yticks=[3, 5, 10, 20, 50])
+                panel.yaxis.set_major_formatter("{x:.0f}")
+                panel.yaxis.set_minor_locator(pyplot.NullLocator())
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     IMAGE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGE, metadata={"Date": None})

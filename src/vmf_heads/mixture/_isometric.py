@@ -37,7 +37,8 @@ def make_isometric_(
     """
     layers = _layers(mlp)
     linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    subtracts = linears[0].bias is not None or (len(layers) > 1 and isinstance(layers[1], nn.BatchNorm1d))
+    batch_norm = len(layers) > 1 and isinstance(layers[1], (nn.BatchNorm1d, nn.SyncBatchNorm))
+    subtracts = linears[0].bias is not None or batch_norm
     mean, spread, directions = _principal(features, subtracts, process_group)
     halves = [linear.out_features // 2 for linear in linears[:-1]]
     kept = min(len(spread), *halves) if halves else len(spread)
