@@ -69,7 +69,7 @@ def small_recipes(
 
 def rendered(page: str) -> str:
     """`page` with the table of the newest results between its markers."""
-    return filled(page, lambda name: _table(results.latest(name)) if name == "small_recipes" else "")
+    return filled(page, lambda name: _table(results.latest(name)))
 
 
 def _run(output: Path, recipe: str, seed: int) -> Path:
@@ -123,7 +123,7 @@ def _table(result: dict[str, Any]) -> str:
         own = select(rows, recipe=recipe)
         known = [row["cpu_seconds"] / 60 for row in own if row["cpu_seconds"] is not None]
         minutes = f"{sum(known) / len(known):.1f}" if known else "–"
-        lines.append(line(f"`{recipe}`", own, minutes))
+        lines.append(line(recipe, own, minutes))
     header = ("", "seeds", "CPU minutes", "kNN, %", "minus raw pixels", "linear, %", "minus raw pixels")
     where = f"{result['device']}, 1 thread, torch {result['versions']['torch']}, {result['date']}"
     return f"{table(header, lines)}\n\n({where}; `benchmarks/results`, `python -m benchmarks small-recipes`.)"
