@@ -9,8 +9,9 @@ PYTHON ?= python3
 TORCH ?= torch
 
 BIN := .venv/bin
-# The files of tests are shared out to the cores, in their order: tests/examples, which has the longest, comes first.
-SHARED := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# The files of tests are shared out, in their order: tests/examples, which has the longest, comes first. Three processes
+# keep two cores busy, because tests of several ranks wait for each other.
+SHARED := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import concentration, mixture_fit, results
+from benchmarks import concentration, mixture_fit, ood, results, warm_start
 from benchmarks.marked_tables import filled
 
 DOCS = Path(__file__).parents[1] / "docs" / "mixture.md"
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "concentration": concentration.table,
     "mixture_fit": mixture_fit.table,
+    "warm_start": warm_start.table,
+    "ood": ood.table,
 }
 """By the name of the result file, which stands between the markers: what makes the table from it."""
 

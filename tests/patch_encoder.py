@@ -9,6 +9,8 @@ from torch import Tensor
 class PatchEncoder:
     """A linear map of each patch's mean colour and pixels; [CLS] is the mean of the patches."""
 
+    has_patches = True
+
     def __init__(self, patch_size: int, dim: int = 16) -> None:
         generator = torch.Generator().manual_seed(3)
         self.patch_size, self.model = patch_size, SimpleNamespace(device=torch.device("cpu"))

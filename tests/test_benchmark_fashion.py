@@ -14,7 +14,10 @@ from benchmarks import results
 from benchmarks.fashion import data, run, stability
 from benchmarks.fashion.data import random_crops
 from benchmarks.fashion.evaluate import evaluate, nearest_neighbours
+from benchmarks.fashion.folder import CLASSES, fashion_folder
 from benchmarks.fashion.train import Settings, Trained, train
+
+from data.images import load_images
 
 TINY = Settings(steps=3, batch=8, prototypes=12, bottleneck=4, hidden=8, widths=(4, 4, 4), warmup=1)
 
@@ -39,6 +42,22 @@ def test_the_splits_are_those_of_the_files(folder: Path) -> None:
     assert splits["val"].labels[:10].tolist() == list(range(10))
     brightness = splits["test"].x.mean((1, 2, 3))
     assert torch.equal(brightness[:10].argsort(), splits["test"].labels[:10])
+
+
+def test_a_folder_of_images_has_the_same_splits(folder: Path, tmp_path: Path) -> None:
+    fashion_folder(tmp_path / "images", data=folder, images=40)
+    arrays = data.load_arrays(folder)
+    for split in ("train", "val", "test"):
+        images = load_images("folder", split, data=tmp_path / "images")
+        assert (len(images), sorted(images.classes)) == (40, sorted(CLASSES))
+        for item, (image, label) in zip(images.items, images, strict=True):
+            number = int(Path(str(item)).stem)
+            assert CLASSES[arrays[split][1][number]] == images.classes[label]
+            assert np.array_equal(np.asarray(image.convert("L")), arrays[split][0][number])
+    with pytest.raises(FileExistsError, match=r"`output` \(=.*images'\) must be a folder that does not exist yet"):
+        fashion_folder(tmp_path / "images", data=folder)
+    with pytest.raises(ValueError, match=r"`images` \(=0\) must be at least 1"):
+        fashion_folder(tmp_path / "none", data=folder, images=0)
 
 
 def test_crops_of_an_even_image_are_even_and_half_are_mirrored() -> None:

@@ -200,22 +200,25 @@ def architecture(shared: bool) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     )
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-def test_two_losses_in_one_model(shared):
-    """Separate heads, or one for both: each loss finds its own, also inside a wrapper."""
+def test_two_losses_in_one_model(shared, named):
+    """Separate heads, or one for both: each loss finds its own, by name or by itself, also inside a wrapper."""
     student, teacher = architecture(shared)
     dino, ibot = DINOLoss(K), iBOTPatchLoss(K)
-    dino.attach(nn.Sequential(student), teacher, head="dino_head")
-    ibot.attach(student, nn.Sequential(teacher), head="dino_head" if shared else "ibot_head")
-    x = torch.randn(4, 16)
     name = "dino_head" if shared else "ibot_head"
+    dino.attach(nn.Sequential(student), teacher, head="dino_head" if named else None)
+    ibot.attach(student, nn.Sequential(teacher), head=name if named else None)
+    x = torch.randn(4, 16)
+    assert dino.teacher.heads[0] is student["dino_head"]
     assert ibot.teacher.heads[0] is student[name]
     targets = ibot.softmax_center_teacher(teacher[name](x), 0.05)
     assert targets.shape == (4, K)
     with pytest.raises(ValueError, match=r"`head` \(='koleo'\) must be the name of a submodule of `student`"):
         dino.attach(student, teacher, head="koleo")
     if not shared:
-        with pytest.raises(ValueError, match=r"2: pass `head=`, one of 'dino_head', 'ibot_head'"):
+        student["other"] = student.pop("dino_head")
+        with pytest.raises(ValueError, match=r"2: pass `head=`, one of 'ibot_head', 'other'"):
             dino.attach(student, teacher)
 
 

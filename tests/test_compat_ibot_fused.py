@@ -145,7 +145,8 @@ def test_what_other_code_asks_of_the_loss_is_that_of_the_unfused_one() -> None:
         loss.attach(student, teacher)
         of_student, of_teacher = student(tokens), teacher(tokens)
         loss.update_center(*of_teacher, epoch=1)
-        logits, scores = loss.student_logits(of_student[0]), loss.teacher_scores(of_teacher[0])
+        (logits, of_patch), (scores, _) = loss.with_cls_logits(of_student, of_teacher)
+        assert of_patch is of_student[1]
         assert not logits.requires_grad or not fused
         results.append((loss.targets(of_teacher, 2), dict(loss.state_dict()), logits.detach(), scores))
     assert results[0][2].shape == results[0][3].shape == (GLOBAL * BATCH, K)

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from gloo import run_on_ranks
-from vmf_heads import _memory, vmf_mean_resultant
-from vmf_heads.mixture import OnlineEM, VMFMixture, _steps, fit_vmf_mixture, vmf_concentration
+from vmf_heads import VMFPrototypeHead, _memory, vmf_mean_resultant
+from vmf_heads.mixture import OnlineEM, VMFMixture, _steps, fit_vmf_mixture, vmf_concentration, warm_start_
 
 
 def known(components: int, p: int, kappa: tuple[float, float], dtype: torch.dtype = torch.float64) -> VMFMixture:
@@ -188,7 +188,7 @@ def test_online_em_follows_features_that_move():
 
 
 def fits_of_rank(rank: int | None) -> list[dict[str, torch.Tensor]]:
-    """Full batches from a given start, from k-means++ and with empty components; online; of all rows or a share."""
+    """Full batches from a given start, from k-means++ and with empty components; online; a head; all rows or a part."""
     truth = known(4, 12, (80.0, 120.0))
     everything, _ = draw(truth, 900)
     features = everything if rank is None else everything[:300] if rank == 0 else everything[300:]
@@ -202,7 +202,10 @@ def fits_of_rank(rank: int | None) -> list[dict[str, torch.Tensor]]:
     for batch in everything.split(100)[:3]:
         online.update_(batch if rank is None else batch[:30] if rank == 0 else batch[30:])
     found = [{"log_likelihood": fit.log_likelihood, "reseeded": fit.reseeded} | vars(fit.mixture) for fit in fits]
-    return [*found, vars(online.mixture)]
+    torch.manual_seed(0)
+    head = VMFPrototypeHead(12, 4, hidden_dim=24, bottleneck_dim=12).double()
+    warm_start_(head, features)
+    return [*found, vars(online.mixture), dict(head.state_dict())]
 
 
 @pytest.mark.slow
@@ -217,6 +220,8 @@ def test_two_ranks_fit_what_one_process_fits():
     assert first[1]["log_likelihood"] == pytest.approx(one[1]["log_likelihood"], abs=1e-3)  # other starts, one optimum
     assert first[2]["reseeded"] == 2  # components that are empty on all ranks together
     assert first[3]["log_likelihood"] > first[1]["log_likelihood"] - 1
+    for name in ("mlp.0.weight", "mlp.0.bias", "mlp.4.weight"):  # principal directions of the rows of all ranks
+        torch.testing.assert_close(first[5][name], one[5][name])
 
 
 FEATURES = torch.eye(4).repeat(5, 1)

@@ -182,7 +182,8 @@ def test_a_copy_of_the_teacher_instead_of_the_teacher_warns(copy_of):
     side.targets(logits, 0.04)  # once
 
 
-def test_student_and_teacher_in_the_wrong_order():
+@pytest.mark.parametrize("student_ran", [False, True], ids=["before the student runs", "after both ran"])
+def test_student_and_teacher_in_the_wrong_order(student_ran):
     """Where the teacher's parameters require no gradients `attach` sees it, otherwise the first call."""
     student, teacher = models()
     with pytest.raises(ValueError, match=r"must be in this order: `attach\(student, teacher\)`"):
@@ -190,7 +191,8 @@ def test_student_and_teacher_in_the_wrong_order():
     side = attached((teacher.requires_grad_(True), student))
     with torch.no_grad():
         scores = teacher(X)
-    student(X)
+    if student_ran:
+        student(X)
     with pytest.raises(RuntimeError, match=r"`attach\(student, teacher\)` with the student first"):
         side.targets(scores, 0.04)
 

@@ -14,6 +14,8 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 VALIDATION = 10_000
 """The last 10 000 of the 60 000 training images are kept apart; settings are chosen on them."""
+MEAN, DEVIATION = 0.286, 0.353
+"""Of the grey values of all training images, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ def load(folder: Path | None = None) -> dict[str, Images]:
 
     None: from Debian's package, or else from the hub (`zalando-datasets/fashion_mnist`), which needs `datasets`.
     """
+    return {split: _images(images, labels) for split, (images, labels) in load_arrays(folder).items()}
+
+
+def load_arrays(folder: Path | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The same splits as they are stored: grey values (N, 28, 28) uint8, and classes (N,)."""
     if folder is None and not DEBIAN.is_dir():
         arrays = _from_hub()
     else:
@@ -36,9 +43,9 @@ def load(folder: Path | None = None) -> dict[str, Images]:
     images, labels, test_images, test_labels = arrays
     first = len(images) - VALIDATION
     return {
-        "train": _images(images[:first], labels[:first]),
-        "val": _images(images[first:], labels[first:]),
-        "test": _images(test_images, test_labels),
+        "train": (images[:first], labels[:first]),
+        "val": (images[first:], labels[first:]),
+        "test": (test_images, test_labels),
     }
 
 
@@ -64,7 +71,7 @@ def random_crops(x: Tensor, scale: tuple[float, float], generator: torch.Generat
 
 def _images(images: np.ndarray, labels: np.ndarray) -> Images:
     x = torch.from_numpy(images.astype(np.float32) / 255)[:, None]
-    return Images((x - 0.286) / 0.353, torch.from_numpy(labels.astype(np.int64)))
+    return Images((x - MEAN) / DEVIATION, torch.from_numpy(labels.astype(np.int64)))
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:

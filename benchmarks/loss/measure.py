@@ -36,7 +36,7 @@ def measure(sizes: list[Size], device: str, *, autocast: bool, quick: bool) -> R
             timed |= {f"{name}, forward": partial(_forward, call, inputs, autocast) for name, call in calls.items()}
             timed[contenders.PRODUCTS] = partial(_floor, inputs, autocast)
             seconds = interleaved_medians(
-                timed, rounds=3 if quick or size.brief else 7, seconds=0.0 if quick else 0.05, device=device
+                timed, rounds=3 if quick else 5 if size.brief else 7, seconds=0.0 if quick else 0.05, device=device
             )
             for name, step in steps.items():
                 rows.append(

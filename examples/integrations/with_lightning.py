@@ -1,6 +1,7 @@
 """DINO-vMF in a LightningModule; Lightning wraps, saves and resumes.
 
     python examples/integrations/with_lightning.py --output runs/lightning --devices 2
+    python examples/integrations/with_lightning.py --output runs/fsdp2 --devices 2 --strategy fsdp2
 
 Needs `pip install lightning`.
 """
@@ -11,7 +12,9 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from toy import EPOCHS, Crops, ema, networks
@@ -23,10 +26,20 @@ class DINOvMF(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.student, self.teacher, self.loss = networks()
-        # Lightning wraps this whole module later, and DDP leaves the submodules as they are. A strategy that shards
-        # them does so in `configure_model`, and attach has to come after that.
-        self.loss.attach(self.student, self.teacher)
         self.losses: list[float] = []
+
+    def configure_model(self) -> None:
+        """Shard student and teacher where the strategy is Lightning's for FSDP2, and attach the loss to what results.
+
+        DDP wraps this whole module later and leaves the submodules as they are.
+        """
+        sharded = isinstance(self.student, FSDPModule)  # Lightning may call this more than once
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not sharded:
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.student, mesh=mesh)
+            # Without a backward pass, after which it would be sharded again, the teacher is at the end of its forward.
+            fully_shard(self.teacher, mesh=mesh, reshard_after_forward=True)
+        self.loss.attach(self.student, self.teacher)
 
     def train_dataloader(self) -> DataLoader:
         """Every process has its part of the images, in an order that Lightning tells the epoch."""
@@ -56,12 +69,13 @@ class DINOvMF(lightning.LightningModule):
         return torch.optim.AdamW(self.student.parameters(), lr=1e-3)
 
 
-def main(output: Path, *, devices: int = 1, accelerator: str = "auto", epochs: int = EPOCHS) -> list[float]:
+def main(output: Path, *, devices: int = 1, strategy: str = "ddp", epochs: int = EPOCHS) -> list[float]:
     """Train up to `epochs` and return the losses of this process; a checkpoint in `output` is continued."""
-    checkpoint = output / "last.ckpt"
+    checkpoint = output / "last.ckpt"  # under FSDP2 a folder, to which every process writes its part
+    shard = strategy == "fsdp2"
     trainer = lightning.Trainer(
-        accelerator=accelerator,
         devices=devices,
+        strategy=ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1) if shard else "auto",
         max_epochs=epochs,
         callbacks=[ModelCheckpoint(output, save_last=True, save_top_k=0)],
         use_distributed_sampler=False,  # the module's own is one
@@ -78,6 +92,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--devices", type=int, default=1, help="processes, one for each GPU or CPU core")
+    parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
     options = parser.parse_args()
-    losses = main(options.output, devices=options.devices)
+    losses = main(options.output, devices=options.devices, strategy=options.strategy)
     print(f"{len(losses)} steps, the last loss {losses[-1]:.3f}" if losses else "nothing was left to do")

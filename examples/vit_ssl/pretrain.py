@@ -44,7 +44,7 @@ from training.parallel import gradients_shared, parallelize
 from training.schedules import Schedules, StepValues
 from training.session import Session, work_of, writing
 from training.step import check_statistics, seed_step, to_device
-from training.warm_start import start_from
+from training.warm_start import fit_head, start_from
 from watching.watcher import Watcher
 
 
@@ -81,6 +81,8 @@ def train(options: Options) -> None:
     method = build_method(recipe).to(device()).train()
     if state is None:
         start_from(method, options.init_backbone, options.init_head)
+        if options.warm_start_head:
+            fit_head(method, images, output, num_workers=workers)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device().type == "cuda")
     parallelize(
         method,

@@ -29,8 +29,8 @@ from runtime.lanes import Job, run_lanes
 SCRIPTS = Path(__file__).parent
 RANDOM = "randomly initialised ViT"
 # What two recipes must share so that one untrained network is the baseline of both.
-SHARED = ("dataset", "image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-SHARED += ("initializer_range",)
+SHARED = ("dataset", "image_size", "backbone", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SHARED += ("feature_grid", "initializer_range")
 
 
 def main(

@@ -87,7 +87,7 @@ class AttachedHeads:
                     "the prototypes were whole at `attach` and are sharded now: call `attach(student, teacher)` after "
                     "fully_shard, so that a fused loss gets them through the forward of the model"
                 )
-            check_order(of_student, of_teacher)
+            check_order(of_student, of_teacher, teacher)
             of_teacher.compare(teacher)
             if student is not None and student.shape[:-1].numel():
                 of_student.compare(student)

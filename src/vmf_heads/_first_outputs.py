@@ -73,19 +73,34 @@ class FirstOutputs:
                 stacklevel=2,
             )
             return
-        given = output.detach().flatten(0, -2)[:, :COLUMNS]
-        blocks = [block.to(given) for block in self.rows if block.shape[1] == given.shape[1]]
-        if blocks and not all(any(_contains(block, row) for block in blocks) for row in given[[0, -1]]):
+        if self.returned(output) is False:
             raise RuntimeError(
                 f"the {self.whose}'s output did not come from the {self.whose}'s head that this loss is attached to: "
                 "that head returned other rows. Attach the loss to the head whose output it is given; where a model "
                 "holds several, `head=` of `attach` names one"
             )
 
+    def returned(self, output: Tensor) -> bool | None:
+        """Whether these rows (..., K) are the head's, judged by two of them; None if it returned none of this width."""
+        given = output.detach().flatten(0, -2)[:, :COLUMNS]
+        blocks = [block.to(given) for block in self.rows if block.shape[1] == given.shape[1]]
+        if not blocks:
+            return None
+        return all(any(_contains(block, row) for block in blocks) for row in given[[0, -1]])
 
-def check_order(student: FirstOutputs, teacher: FirstOutputs) -> None:
-    """Raise RuntimeError if what the student's head returned has no gradients and what the teacher's returned has."""
+
+def check_order(student: FirstOutputs, teacher: FirstOutputs, given: Tensor) -> None:
+    """Raise RuntimeError if the heads' outputs show that student and teacher were exchanged.
+
+    Either what the student's head returned has no gradients and what the teacher's returned has; or the teacher's has
+    not run yet, and the rows `given` as its own are the student's.
+    """
     ran = student.calls and not student.unknown
+    if ran and not teacher.calls and not teacher.unknown and student.returned(given):
+        raise RuntimeError(
+            "what the loss was given as the teacher's output came from the student's head: call "
+            "`attach(student, teacher)` with the student first"
+        )
     if ran and teacher.any_requires_grad and not student.any_requires_grad:
         raise RuntimeError(
             "the teacher's head returned tensors that require gradients, and the student's head none: call "

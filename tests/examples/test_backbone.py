@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import ViTModel
 
 from config.recipe import Recipe, load_recipe
-from methods.backbone import build_backbone, cls_token, tokens
+from methods.backbone import build_backbone, build_vit, cls_token, tokens
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_kept_patches_are_chosen_after_the_position_embeddings(recipe: Recipe) -
 
 
 def test_masked_patches_are_not_seen(recipe: Recipe, images: Tensor) -> None:
-    backbone = build_backbone(recipe, mask_token=True).eval()
+    backbone = build_vit(recipe, mask_token=True).eval()
     torch.nn.init.normal_(backbone.embeddings.mask_token)
     mask = torch.rand(5, 4, 4) < 0.4
     pixels = mask.repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1)  # patches are numbered row by row
@@ -66,7 +66,7 @@ def test_a_mask_token_changes_no_other_weight(recipe: Recipe) -> None:
     torch.manual_seed(1)
     plain = build_backbone(recipe).state_dict()
     torch.manual_seed(1)
-    masked = build_backbone(recipe, mask_token=True).state_dict()
+    masked = build_vit(recipe, mask_token=True).state_dict()
     assert masked.pop("embeddings.mask_token").abs().max() == 0
     assert masked.keys() == plain.keys()
     assert all(torch.equal(masked[name], plain[name]) for name in plain)

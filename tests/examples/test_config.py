@@ -6,6 +6,7 @@ import torch
 import yaml
 
 from config.recipe import RECIPES, Recipe, differences, load_recipe, recipe_from_dict, save_recipe
+from methods.backbone import blocks
 from methods.registry import build_method
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -27,8 +28,9 @@ def test_every_recipe_is_a_card_that_builds_its_method(name: str) -> None:
         method = build_method(recipe)
     method.attach()
     assert {parameter.device.type for parameter in method.parameters()} == {"meta"}
-    assert method.student.backbone.config.hidden_size == recipe.hidden_size
-    assert len(method.student.backbone.layers) == recipe.num_hidden_layers
+    shape = method.student.backbone.config
+    assert (shape.hidden_size if recipe.backbone == "vit" else shape.hidden_sizes[-1]) == recipe.hidden_size
+    assert len(blocks(method.student.backbone)) == recipe.num_hidden_layers
     assert method.prototypes().weight_v.shape == (recipe.out_dim, recipe.bottleneck_dim)
 
 
@@ -55,6 +57,12 @@ def test_a_saved_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None:
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     assert recipe_from_dict(dataclasses.asdict(recipe)) == recipe  # as a checkpoint keeps it
+
+
+def test_a_recipe_of_before_there_were_other_backbones_has_a_vit(recipe: Recipe) -> None:
+    settings = dataclasses.asdict(recipe)
+    del settings["backbone"], settings["feature_grid"]
+    assert recipe_from_dict(settings) == recipe
 
 
 def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:

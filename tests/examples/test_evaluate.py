@@ -16,6 +16,7 @@ from data.images import load_images
 from evaluators.features.extraction import extract
 from evaluators.few_shot.few_shot import FewShotOptions
 from evaluators.linear.linear import LinearOptions
+from evaluators.ood.ood import OodOptions
 from evaluators.protocol import NotApplicable
 from evaluators.registry import PROTOCOLS
 from evaluators.request import ExtractOptions, Request, make_features, open_evaluation
@@ -29,6 +30,7 @@ TINY = {
     **{"patch_size": 8, "out_dim": 12, "hidden_dim": 16, "bottleneck_dim": 8, "num_workers": 0},
 }
 FEW = {"fewshot": FewShotOptions(draws=3)}
+SCORES_OF_FEATURES = ("mixture_density", "mixture_kappa", "knn", "mahalanobis", "msp")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_two_metrics_with_predictions_have_a_file_each(run_directory, folder):
 def test_features_are_what_they_are_called(run_directory, folder):
     run = load_run(run_directory)
     images = [image for image, _ in load_images("folder", "val", data=folder)]
-    batch = torch.stack([EvalTransform(16, keep=224 / 256)(image) for image in images])
+    batch = torch.stack([EvalTransform(16)(image) for image in images])
     with torch.no_grad():
         expected = {
             "teacher": cls_token(run.backbone, batch),
@@ -292,3 +294,42 @@ def test_every_protocol_has_a_command(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         evaluate.main([name, "--help"])
     assert "--checkpoint" in capsys.readouterr().out
+
+
+def test_other_images_are_told_from_those_of_the_data(run_directory, folder, tmp_path):
+    (tmp_path / "other").symlink_to(folder / "val")  # class folders alone, without splits
+    where = ["--checkpoint", str(run_directory), "--split", "test", "--data", str(folder), "--components", "1"]
+    evaluate.main(["ood", *where, "--near", f"same={folder}", "--far", "digits", "--out", str(tmp_path / "other")])
+    rows = {row["metric"]: row for row in written(run_directory)}
+    scores = ("head_density", "head_kappa", "head_responsibility", *SCORES_OF_FEATURES)
+    assert [name for name in rows if name.startswith("auroc") and name.endswith("@digits")] == [
+        f"auroc_{score}@digits" for score in scores
+    ]
+    assert all(0 <= row["value"] <= 1 for name, row in rows.items() if not name.startswith("difficulty"))
+    # The same folder is cropped as the data are, and its images are the same ones.
+    assert all(rows[f"auroc_{score}@same"]["value"] == 0.5 for score in scores)
+    assert rows["auroc_knn@digits"]["n_out"] == 360
+    assert (rows["auroc_knn@other"]["n_out"], rows["auroc_knn@other"]["n"]) == (18, 21)
+    evaluate.main(["page", str(run_directory)])
+    page = (run_directory / "evaluation.md").read_text()
+    section = page.partition("## Out of distribution")[2].partition("\n## ")[0]
+    assert "| AUROC, same (near) | FPR95, same (near) | AUROC, digits (far) |" in section
+    assert "| AUROC, mean of near sets |" in section
+    assert "| distance to the k-th nearest neighbour | " in section
+    assert f"{100 * rows['auroc_knn@digits']['value']:.1f}" in section
+    assert "rejected when 95 % of the others are" in section
+    with pytest.raises(FileNotFoundError, match=r"`out` \(='nowhere'\) must be photos, digits, a folder or hub:NAME"):
+        evaluate.evaluate(request(run_directory, data=folder), "ood", OodOptions(out=("nowhere",)))
+
+
+def test_other_images_are_cropped_as_those_of_the_data(run_directory, folder, monkeypatch):
+    """Sets of libraries are used whole, large folders are not: what is compared must differ in its images alone."""
+    monkeypatch.setattr("data.images.WHOLE_BELOW", 0)  # as if the images were large
+    inside = open_evaluation(request(run_directory))  # its own photographs
+    x = inside.features_elsewhere("folder", folder)("test").x
+    backbone = load_run(run_directory).backbone
+    batch = torch.stack([EvalTransform(16)(image) for image, _ in load_images("folder", "test", data=folder)])
+    with torch.no_grad():
+        assert np.allclose(x, cls_token(backbone, batch).numpy(), atol=1e-5)
+    alone = open_evaluation(request(run_directory, data=folder)).features("test").x
+    assert not np.allclose(x, alone, atol=1e-3)

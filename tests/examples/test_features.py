@@ -22,6 +22,7 @@ from evaluators.knn import predict as predict_knn
 from evaluators.linear.augmented_epochs import FlippedCrop, augmented_epochs
 from evaluators.linear.sgd_probe import Schedule, train_probes
 from evaluators.linear.sgd_probe import predict as predict_linear
+from evaluators.ood.scores import fit_scores
 from gloo import run_on_ranks
 from runtime.distributed import device
 
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
 def expected_features(folder, split, kind, rows):
     encoder = tiny_encoder()
     images = load_images("folder", split, data=folder)
-    batch = torch.stack([EvalTransform(16, keep=224 / 256)(images[row][0]) for row in rows])
+    batch = torch.stack([EvalTransform(16)(images[row][0]) for row in rows])
     with torch.no_grad():
         hidden = encoder.model(batch, output_hidden_states=True).hidden_states
         tokens = [encoder.model.layernorm(state) for state in hidden[1:]]
@@ -87,6 +88,13 @@ def test_unreadable_images_are_left_out_and_named(folder, kind, cached, tmp_path
     first, *named = capsys.readouterr().err.splitlines()[-3:]
     assert first == "2 of 20 train images are left out:"
     assert ["class 2/1.png" in named[0], "class 2/3.png" in named[1]] == [True, True]
+
+
+@pytest.mark.parametrize(("size", "keep"), [(104, 1.0), (112, 224 / 256)])
+def test_small_images_are_used_whole_and_others_as_imagenets_are(size, keep, folder):
+    image = load_images("folder", "val", data=folder)[4][0]
+    found = features_of(Extraction(None, "folder", folder, size))("val")
+    assert np.array_equal(found.x[4], EvalTransform(size, keep=keep)(image).flatten().numpy())
 
 
 def test_a_split_without_readable_images(tmp_path):
@@ -290,6 +298,7 @@ def everything(root):
         "labels": torch.from_numpy(train.labels),
         "val": torch.from_numpy(val.x),
         "knn": torch.from_numpy(predict_knn(train, val, (3,), rows=4)[3]),
+        "density": torch.from_numpy(fit_scores(train, None, num_components=2)(val.x)["mixture_density"]),
         "weights": torch.stack([layer.weight.detach().cpu() for layer in stack.layers]),
         "linear": torch.from_numpy(predict_linear(stack, val.x, rows=4)),
     }

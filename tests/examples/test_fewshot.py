@@ -231,7 +231,7 @@ def test_lists_need_a_whole_folder_of_images(imagenet, tmp_path):
         (FewShotOptions(percents=(0,)), r"`percents` \(=\(0,\)\) must be in \(0, 100\]"),
         (FewShotOptions(regularization=0), r"`regularization` \(=0\) must be positive"),
         (FewShotOptions(shots=(21,)), "class 'class 0' has 20 train images, but 21-shot needs at least 21"),
-        (FewShotOptions(final_norm=False), r"`final_norm` \(=False\) must be True for raw pixels"),
+        (FewShotOptions(final_norm=False), r"`final_norm` \(=False\) must be True where no LayerNorm"),
     ],
 )
 def test_options_out_of_range(options, message):

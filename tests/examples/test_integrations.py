@@ -3,9 +3,10 @@
 import importlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,28 @@ def test_an_interrupted_training_goes_on_with_the_same_losses(name: str, tmp_pat
 
 
 def of_rank(rank: int) -> dict[str, list[float]]:
+    return losses_under_either_strategy(rank, "plain_torchrun")
+
+
+def of_lightning_rank(rank: int) -> dict[str, list[float]]:
+    os.environ["LOCAL_RANK"] = str(rank)  # so Lightning starts no processes
+    warnings.simplefilter("ignore")
+    return losses_under_either_strategy(rank, "with_lightning", devices=2)
+
+
+def losses_under_either_strategy(rank: int, name: str, **options: int) -> dict[str, list[float]]:
+    """The losses of a rank under DDP for one epoch, and under FSDP2 for two with an interruption between them."""
     with pytest.MonkeyPatch.context() as patch:
         use_cpus(patch)
-        main = script("plain_torchrun").main
+        main = script(name).main
         folder = [tempfile.mkdtemp() if rank == 0 else ""]
         dist.broadcast_object_list(folder)
         output = Path(folder[0])
-        losses = {strategy: main(output / strategy, strategy=strategy, epochs=1) for strategy in ("ddp", "fsdp2")}
-        losses["ddp, then fsdp2"] = losses["ddp"] + main(output / "ddp", strategy="fsdp2", epochs=2)
+        losses = {"ddp": main(output / "ddp", strategy="ddp", epochs=1, **options)}
+        first, second = (main(output / "fsdp2", strategy="fsdp2", epochs=n, **options) for n in (1, 2))
+        losses["fsdp2, and fsdp2 resumed"] = first + second
+        if name == "plain_torchrun":  # Lightning's checkpoints of the two are not alike
+            losses["ddp, then fsdp2"] = losses["ddp"] + main(output / "ddp", strategy="fsdp2", epochs=2, **options)
         dist.barrier()
         if rank == 0:
             shutil.rmtree(output)
@@ -64,12 +79,22 @@ def of_rank(rank: int) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one_under_either_strategy(tmp_path: Path) -> None:
-    alone = torch.tensor(script("plain_torchrun").main(tmp_path, epochs=2))
-    ranks = run_on_ranks(of_rank)
-    for name in ranks[0]:
-        mean = torch.tensor([of_rank[name] for of_rank in ranks]).mean(0)
-        torch.testing.assert_close(mean, alone[: len(mean)], rtol=1e-3, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("plain_torchrun", of_rank), ("with_lightning", of_lightning_rank)],
+    ids=["plain", "lightning"],
+)
+def test_two_processes_have_the_losses_of_one_under_either_strategy(
+    name: str, function: Callable[[int], dict[str, list[float]]], tmp_path: Path
+) -> None:
+    if name == "with_lightning":
+        pytest.importorskip("lightning")
+    alone = torch.tensor(script(name).main(tmp_path, epochs=2))
+    ranks = run_on_ranks(function)
+    assert len(ranks[0]["fsdp2, and fsdp2 resumed"]) == len(alone)
+    for run in ranks[0]:
+        mean = torch.tensor([of_rank[run] for of_rank in ranks]).mean(0)
+        torch.testing.assert_close(mean, alone[: len(mean)], rtol=1e-3, atol=0, msg=lambda m, run=run: f"{run}: {m}")
 
 
 @pytest.mark.slow
@@ -81,15 +106,3 @@ def test_accelerate_trains_the_same_with_micro_batches(tmp_path: Path) -> None:
     halves = torch.tensor(main(tmp_path / "halves", micro_batches=2, epochs=1)).unflatten(0, (-1, 2)).mean(1)
     torch.testing.assert_close(halves[0], whole[0], rtol=1e-4, atol=0)
     torch.testing.assert_close(halves, whole, rtol=1e-2, atol=0)
-
-
-@pytest.mark.slow
-def test_lightning_trains_in_two_processes(tmp_path: Path) -> None:
-    pytest.importorskip("lightning")
-    command = [sys.executable, "-W", "ignore", str(SCRIPTS / "with_lightning.py"), "--output", str(tmp_path)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [*command, "--devices", "2"], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert "84 steps, the last loss" in finished.stdout

@@ -165,7 +165,9 @@ def test_held_out_images_cannot_be_told_where_some_have_no_features(tmp_path, mo
     train = Images("folder", "train", ["a", "b", "c"], np.arange(60) % 3, [tmp_path / f"{n}.jpg" for n in range(60)])
     monkeypatch.setattr(module, "load_images", lambda *_, **__: train)
     readable = {**SPLITS, "train": SPLITS["train"]._replace(x=SPLITS["train"].x[1:], labels=SPLITS["train"].labels[1:])}
-    given = dataclasses.replace(evaluation("val", readable), encoder=SimpleNamespace(dim=5), dataset="folder")
+    given = dataclasses.replace(
+        evaluation("val", readable), encoder=SimpleNamespace(dim=5, has_patches=True), dataset="folder"
+    )
     with pytest.raises(ValueError, match=r"`holdout` \(=0.5\) with `augment` needs all train images, but 1 could not"):
         next(linear(given, LinearOptions("sgd", augment=True, holdout=0.5)))
 

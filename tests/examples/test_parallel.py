@@ -23,6 +23,8 @@ from training.optimization import parameter_groups
 from training.parallel import parallelize, unwrap
 from training.schedules import Schedules
 from training.state import restore_state, whole_state
+from training.warm_start import fit_head
+from vmf_heads.head import find_head
 
 TINY: dict[str, Any] = {
     "dataset": "digits",
@@ -117,6 +119,12 @@ def message(function: Any, *args: Any, **kwargs: Any) -> str:
     return ""
 
 
+def fitted_head() -> dict[str, Tensor]:
+    method = build_method(tiny_recipe("dino")).train()
+    fit_head(method, load_images("digits", "train"), Path("unused"), num_workers=0)
+    return dict(find_head(method.teacher).state_dict())
+
+
 def of_rank(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {
         "signals": [mean_statistics([{"loss": float(rank)}], signal=15 * rank)[1]],
@@ -141,6 +149,7 @@ def of_rank(rank: int) -> dict[str, Any]:
     for strategy, how in STRATEGIES.items():
         half = Training(tiny_recipe("dino"), **how, dtype=torch.float32, bfloat16=True)
         results[f"bfloat16 {strategy}"] = half.run()["steps"]
+    results["fitted head"] = fitted_head()
     both = Training(tiny_recipe("dino"), strategy="fsdp2", activation_checkpointing=True)
     results["fsdp2, activation checkpointing"] = both.run()
     return results
@@ -206,6 +215,13 @@ def test_every_strategy_rounds_as_ddp_does_in_bfloat16(strategy: str, ranks: Any
 @pytest.mark.slow
 def test_activation_checkpointing_under_fsdp2(ranks: Any, alone: Any) -> None:
     assert_equal(ranks[0]["fsdp2, activation checkpointing"], alone["dino"])
+
+
+@pytest.mark.slow
+def test_two_processes_fit_the_head_that_one_fits(ranks: Any) -> None:
+    first, second = (result["fitted head"] for result in ranks)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, fitted_head(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def test_raw_pixels_and_no_data_are_not_applicable(tmp_path):
     with pytest.raises(NotApplicable, match=rf"`data` \(=None\) is not the folder of DAVIS: {TREE}"):
         list(video_segmentation(evaluation(None, tmp_path), OPTIONS))
     pixels = Evaluation(None, lambda split: None, "test", tmp_path, None, tmp_path)
-    with pytest.raises(NotApplicable, match="not raw pixels"):
+    with pytest.raises(NotApplicable, match="needs the patch tokens of a vision transformer"):
         list(video_segmentation(pixels, OPTIONS))
 
 

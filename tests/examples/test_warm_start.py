@@ -1,5 +1,6 @@
 """What a run leaves for others to go on with, backbone and heads, is what another run starts from."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +9,28 @@ import torch
 
 import pretrain
 from config.recipe import load_recipe, parse_overrides
+from data.images import load_images
+from data.loading import load_steps
 from dino_vit import dino_tokens, dino_weights
+from methods.method import Method
 from methods.registry import build_method
 from storage.checksums import check_checksums
 from storage.torch_file import UnreadableFile
 from tiny_run import TINY_RUN
+from training import warm_start
 from training.run import load_run
-from training.warm_start import start_from
+from training.warm_start import fit_head, start_from
 from vmf_heads.head import find_head
 from vmf_heads.hub import PretrainedHead
 
 TINY = (*TINY_RUN, "epochs=2", "freeze_last_layer_epochs=0")
+ALONE: dict[str, int] = {"accumulate": 1, "num_workers": 0}
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(warm_start, "CROPS_PER_PROTOTYPE", 4)  # enough, and soon done
 
 
 def run(output: Path, recipe: str = "photos_dino_vmf", *overrides: str, **options: Any) -> None:
@@ -137,3 +144,66 @@ def test_a_backbone_from_a_file_of_dino(tmp_path: Path) -> None:
     other = build_method(load_recipe("photos_dino_vmf", parse_overrides((*TINY, *sizes, "num_attention_heads=6"))))
     with pytest.raises(ValueError, match=r"must have the `num_attention_heads` of the recipe \(=6\), not 3"):
         start_from(other, backbone=str(file))
+
+
+def fitted(backbone: Path, seed: int = 0, recipe: str = "photos_dino_vmf", *more: str) -> Method:
+    """Student and teacher with this backbone, and the head that is fitted to it."""
+    method = build_method(load_recipe(recipe, parse_overrides((*TINY, f"seed={seed}", *more)))).train()
+    start_from(method, str(backbone))
+    fit_head(method, load_images("digits", "train"), backbone, num_workers=0)
+    return method
+
+
+def test_a_head_is_fitted_to_the_backbone_and_a_resumed_run_does_not_fit_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "first")
+    backbone = tmp_path / "first" / "backbone"
+    method = fitted(backbone)
+    assert re.search(
+        r"mixture of 32 components, fitted to 128 crops with a median kappa of \d+", capsys.readouterr()[0]
+    )
+    heads = [find_head(network) for network in (method.student, method.teacher)]
+    assert all(torch.equal(a, b) for a, b in zip(heads[0].parameters(), heads[1].parameters(), strict=True))
+    assert (heads[0].last_layer.norms / 0.1).median().item() == pytest.approx(10)
+    again = find_head(fitted(backbone).student)
+    assert all(torch.equal(a, b) for a, b in zip(heads[0].parameters(), again.parameters(), strict=True))
+
+    slow = ("lr=1e-9", "min_lr=1e-9")
+    run(tmp_path / "second", "photos_dino_vmf", *slow, init_backbone=str(backbone), warm_start_head=True)
+    trained = load_run(tmp_path / "second").method
+    torch.testing.assert_close(trained.student.state_dict(), method.student.state_dict(), rtol=0, atol=1e-6)
+    monkeypatch.setattr(pretrain, "fit_head", None)  # a call would raise
+    options = {"init_backbone": "no such folder", "warm_start_head": True, "resume": True, "max_steps": 4}
+    pretrain.main(
+        pretrain.Options("photos_dino_vmf", tmp_path / "second", overrides=(*TINY, *slow), **options)  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("photos_ibot_vmf", ("ibot.patch_out_dim=32",)),
+        ("photos_msn_vmf", ()),
+        ("digits_dino_vmf", ("normalization=l2",)),
+    ],
+)
+def test_heads_of_other_methods_are_fitted_too(recipe: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    """Frozen norms stay; BatchNorm, which the recipe of the digits has, does not matter."""
+    method = build_method(load_recipe(recipe, parse_overrides((*TINY, *more)))).train()
+    fit_head(method, load_images("digits", "train"), tmp_path, num_workers=0)
+    head = find_head(method.student)
+    assert not torch.equal(head.last_layer.weight, find_head(build_method(method.recipe).student).last_layer.weight)
+    if "normalization=l2" in more:
+        assert torch.equal(head.last_layer.norms, torch.ones(32))
+    method.attach()
+    batch = next(iter(load_steps(load_images("digits", "train"), method.recipe, 0, 0, 1, tmp_path, **ALONE)))[0]
+    assert method(batch, 0)[0].isfinite()
+
+
+@pytest.mark.parametrize("more", [{}, {"init_head": "some/head"}])
+def test_a_head_is_fitted_only_where_that_has_a_meaning(more: dict[str, str], tmp_path: Path) -> None:
+    backbone = {"init_backbone": "some/backbone"} if more else {}
+    with pytest.raises(ValueError, match=r"`warm_start_head` needs `init_backbone`, .* and no `init_head` beside it"):
+        run(tmp_path / "run", "photos_dino_vmf", warm_start_head=True, **backbone, **more)
+    assert not (tmp_path / "run").exists()

@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,40 @@ def apply_documented_diff(checkout: Path, section: str, diffs: slice = slice(1),
         path.write_text(text.replace(old, new))
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong use of the lines: `pattern` in the changed files becomes `wrong`, which must give `message`."""
+
+    pattern: str
+    wrong: str
+    message: str
+
+    def make(self, checkout: Path, section: str, diffs: slice) -> None:
+        """Make it everywhere in the files that these diffs change, at least once."""
+        found = 0
+        for file in {file for file, _, _ in documented_hunks(section, diffs)}:
+            text, times = re.subn(self.pattern, self.wrong, (checkout / file).read_text(), flags=re.MULTILINE)
+            (checkout / file).write_text(text)
+            found += times
+        assert found, self.pattern
+
+
+ATTACH = r"^( *)(\S+\.attach)\(([^,()]+), ([^,()]+)(.*)\)$"
+NOT_RUN = "the teacher's head did not run between `attach` and the first call of the loss"
+MISTAKES = {
+    "teacher first": Mistake(ATTACH, r"\1\2(\4, \3\5)", r"must be in this order: `attach\(|with the student first"),
+    "copy of the teacher": Mistake(ATTACH, r"\1\2(\3, __import__('copy').deepcopy(\4)\5)", NOT_RUN),
+    "no attach": Mistake(ATTACH, r"\1pass", r"call `attach\(student, teacher\)` once before the loss"),
+}
+EVERY_MISTAKE = pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+
+
+def check_raises(train: Callable[..., Any], mistake: Mistake, *arguments: Any, **settings: Any) -> None:
+    """This training, with this mistake in the documented lines, ends with an error that says what is wrong."""
+    with pytest.raises(AssertionError, match=mistake.message):
+        train(*arguments, mistake=mistake, **settings)
+
+
 class Training:
     """Runs the training script of one repository, every time in a fresh copy of the checkout."""
 
@@ -76,24 +112,28 @@ class Training:
         diffs: slice = slice(1),
         loss: dict[str, Any] | None = None,
         also: tuple[str, slice] | None = None,
+        mistake: Mistake | None = None,
         folder: Path | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """What the script recorded with these command-line options.
 
         `diff` applies the documented diff, or those of the section that `diffs` selects, with `loss` as additional
-        arguments of the loss; then `also`, diffs of another section. `folder` holds checkpoints and result, by default
-        a new one; `settings` are the recorder's.
+        arguments of the loss; then `also`, diffs of another section, and `mistake`. `folder` holds checkpoints and
+        result, by default a new one; `settings` are the recorder's.
         """
         checkout = copy_of(self.name, self.factory.mktemp(self.name))
         if diff:
             apply_documented_diff(checkout, self.section, diffs, **(loss or {}))
         if also:
             apply_documented_diff(checkout, *also)
+        if mistake:
+            mistake.make(checkout, self.section, diffs)
         output = (folder or self.factory.mktemp("run")) / "result.pt"
         script = Path(__file__).with_name(self.script)
         arguments = json.dumps({"options": options, **settings}, default=str)
-        command = [sys.executable, "-W", "ignore", str(script), str(checkout), str(output), arguments]
+        warnings = ["-W", "ignore", "-W", f"error:{NOT_RUN}"]  # which is said of a wrong use only
+        command = [sys.executable, *warnings, str(script), str(checkout), str(output), arguments]
         path = os.pathsep.join(str(p) for p in (ROOT / "src", ROOT / "tests"))
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         finished = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
@@ -111,6 +151,20 @@ def check_same_training(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert not torch.equal(want["losses"][0], want["losses"][3])
     for part in ("losses", "student", "teacher", "state_of_loss"):
         torch.testing.assert_close(got[part], want[part], rtol=1e-4, atol=1e-6, msg=lambda m, part=part: f"{part}: {m}")
+
+
+def check_goes_on(train: Callable[..., dict[str, Any]], file: Path, *, at: int, **settings: Any) -> None:
+    """A run that stops before epoch or step `at`, and another from its checkpoint, are a whole run, bit for bit.
+
+    `train` takes the settings of `interruption`.
+    """
+    whole, first = train(**settings), train(stop_at=at, **settings)
+    torch.save(first["checkpoint"], file)
+    second = train(first=at, resume=str(file), **settings)
+    assert 0 < len(first["losses"]) < len(whole["losses"])
+    assert torch.equal(torch.stack(first["losses"] + second["losses"]), torch.stack(whole["losses"]))
+    for part in {"student", "teacher", "state_of_loss"} & whole.keys():
+        torch.testing.assert_close(second[part], whole[part], rtol=0, atol=0)
 
 
 WEIGHT_NORM, LINEAR = ("weight_g", "weight_v"), ("last_layer.weight",)

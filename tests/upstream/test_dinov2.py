@@ -1,11 +1,25 @@
 """facebookresearch/dinov2: its SSLMetaArch with the documented diff, on CPU without FSDP and xFormers."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from upstream.checkouts import Training, check_equations, check_power, check_same_training
+from upstream.checkouts import (
+    MISTAKES,
+    Mistake,
+    Training,
+    check_equations,
+    check_goes_on,
+    check_power,
+    check_raises,
+    check_same_training,
+)
 
 pytestmark = pytest.mark.slow
+OTHER_HEAD = Mistake(
+    r"dino_loss.attach\((.*)\)$", r"dino_loss.attach(\1, 'ibot_head')", "head that this loss is attached to"
+)
 CENTERS = ["dino_loss.log_center", "ibot_patch_loss.log_center"]
 
 
@@ -36,3 +50,14 @@ def test_under_sinkhorn_the_student_follows_equation_6(train):
     assert len(result["errors"]) == 4
     assert max(max(e.values()) for e in result["errors"]) < 1e-5
     assert torch.stack(list(result["state_of_loss"].values())).eq(0).all()
+
+
+@pytest.mark.parametrize("mistake", [*MISTAKES.values(), OTHER_HEAD], ids=[*MISTAKES, "the other head"])
+def test_wrong_use_raises(train, mistake):
+    check_raises(train, mistake, [])
+
+
+@pytest.mark.parametrize("sinkhorn", [False, True])
+def test_save_and_restore(train, sinkhorn, tmp_path):
+    """Stopped after two steps, with updates of both centres pending, and resumed: the same run."""
+    check_goes_on(partial(train, []), tmp_path / "checkpoint.pt", at=2, norms=True, sinkhorn=sinkhorn)

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from upstream.checkouts import Training, check_equations, check_power, check_same_training
+from upstream.checkouts import (
+    EVERY_MISTAKE,
+    Training,
+    check_equations,
+    check_power,
+    check_raises,
+    check_same_training,
+)
 
 pytestmark = pytest.mark.slow
 FROZEN, FREE = ["--norm_last_layer", "true"], ["--norm_last_layer", "false"]
@@ -85,3 +92,8 @@ def test_the_loss_of_another_head_raises(train):
     """`DDINOLoss` attached to the heads in the wrong order is off by percents, and its gradients by more."""
     with pytest.raises(AssertionError, match="did not come from the teacher's head that this loss is attached to"):
         train(FREE, norms=True, dense=True, swap_heads=True)
+
+
+@EVERY_MISTAKE
+def test_wrong_use_raises(train, mistake):
+    check_raises(train, mistake, FREE, dense=True)

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from upstream.checkouts import Training, check_equations, check_power, check_same_training
+from upstream.checkouts import (
+    EVERY_MISTAKE,
+    Training,
+    check_equations,
+    check_power,
+    check_raises,
+    check_same_training,
+)
 
 pytestmark = pytest.mark.slow
 FROZEN, FREE = ["--norm_last_layer", "true"], ["--norm_last_layer", "false"]
@@ -82,3 +89,8 @@ def test_a_checkpoint_of_plain_ibot_goes_on_as_ibot_vmf(train, original, tmp_pat
     torch.testing.assert_close(continued["losses"][0], original["losses"][2], rtol=1e-5, atol=0)
     assert list(continued["state_of_loss"]) == CENTERS
     assert not continued["student"]["head.last_layer2.weight_g"].eq(1).all()
+
+
+@EVERY_MISTAKE
+def test_wrong_use_raises(train, mistake):
+    check_raises(train, mistake, FREE)

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from upstream.checkouts import Training, check_equations, check_power, check_same_training
+from upstream.checkouts import (
+    EVERY_MISTAKE,
+    Training,
+    check_equations,
+    check_goes_on,
+    check_power,
+    check_raises,
+    check_same_training,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +44,16 @@ def test_loss_and_gradients_are_those_of_the_equations(train):
     assert not torch.equal(result["student"]["student_head.last_layer.weight_g"], torch.linspace(0.4, 4, 2048)[:, None])
 
 
+def test_save_and_restore(train, tmp_path):
+    """Stopped after one epoch and resumed from the states of its parts, the script is the one that was not stopped."""
+    check_goes_on(partial(train, []), tmp_path / "checkpoint.pt", at=1, norms=True)
+
+
+@EVERY_MISTAKE
+def test_wrong_use_raises(train, mistake):
+    check_raises(train, mistake, [])
+
+
 @pytest.fixture(scope="module")
 def train_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     training = Training("lightly", "lightly-ai/lightly", "train_lightly_dinov2.py", tmp_path_factory)
@@ -59,3 +77,12 @@ def test_dinov2_loss_and_gradients_are_those_of_the_equations(train_dinov2, sepa
     result = train_dinov2(norms=True, compare=True, separate=separate)
     check_equations(result, ["dino.log_center", "ibot.log_center"])
     check_power(result)
+
+
+def test_dinov2_save_and_restore(train_dinov2, tmp_path):
+    check_goes_on(train_dinov2, tmp_path / "checkpoint.pt", at=1, norms=True, separate=True)
+
+
+@EVERY_MISTAKE
+def test_dinov2_wrong_use_raises(train_dinov2, mistake):
+    check_raises(train_dinov2, mistake, separate=True)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from upstream.checkouts import Training, check_same_training
+from upstream.checkouts import Mistake, Training, check_raises, check_same_training
 
 pytestmark = pytest.mark.slow
 
@@ -42,3 +42,16 @@ def test_save_and_restore(train, trained, tmp_path):
     assert torch.equal(torch.stack(first["losses"] + second["losses"]), torch.stack(trained["losses"]))
     for part in ("student", "teacher", "state_of_loss"):
         torch.testing.assert_close(second[part], trained[part], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        Mistake("anchor_views=anchor_views", "anchor_views=target_views", r"`anchor_views` \(of 2 rows\) must have"),
+        Mistake("=proto_labels", "=proto_labels[1:]", r"`proto_labels` \(of shape .* must have a row for each"),
+    ],
+    ids=["targets for anchors", "labels of other prototypes"],
+)
+def test_wrong_use_raises(train, mistake):
+    """There is no `attach`: views and labels must fit each other and the prototypes."""
+    check_raises(train, mistake, [])

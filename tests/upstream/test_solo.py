@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from upstream.checkouts import Training, check_equations, check_power, check_same_training
+from upstream.checkouts import (
+    EVERY_MISTAKE,
+    Training,
+    check_equations,
+    check_power,
+    check_raises,
+    check_same_training,
+)
 
 pytestmark = pytest.mark.slow
 FUSED = pytest.mark.parametrize("fused", [False, True])
@@ -50,3 +57,8 @@ def test_save_and_restore(train, trained, tmp_path):
     assert torch.equal(torch.stack(first["losses"] + second["losses"]), torch.stack(trained["losses"]))
     for part in ("student", "teacher", "state_of_loss"):
         torch.testing.assert_close(second[part], trained[part], rtol=0, atol=0)
+
+
+@EVERY_MISTAKE
+def test_wrong_use_raises(train, mistake):
+    check_raises(train, mistake, [])

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from upstream.checkouts import LINEAR, Training, check_equations, check_power, check_same_training
+from upstream.checkouts import (
+    EVERY_MISTAKE,
+    LINEAR,
+    Training,
+    check_equations,
+    check_power,
+    check_raises,
+    check_same_training,
+)
 
 pytestmark = pytest.mark.slow
 METHODS = ("DINO", "iBOT", "DINOv2")
@@ -61,3 +69,9 @@ def test_save_and_restore(train, method, tmp_path):
     assert torch.equal(torch.stack(first["losses"] + second["losses"]), torch.stack(whole["losses"]))
     for part in ("student", "teacher", "state_of_loss"):
         torch.testing.assert_close(second[part], whole[part], rtol=0, atol=0)
+
+
+@EVERY_MISTAKE
+@ALL
+def test_wrong_use_raises(train, method, mistake):
+    check_raises(train, mistake, method)

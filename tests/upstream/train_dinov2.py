@@ -6,7 +6,8 @@ backbone, xFormers' BlockDiagonalMask (which concatenates and splits), FSDP's mo
 
 Settings: "unit" freezes the prototype norms at 1 and trains with SGD, "center" is the loss's centring, "sinkhorn"
 is DINOv2's `train.centering: sinkhorn_knopp`, "shared" one head for both losses, "start_of" names the result whose
-weights to start from, "norms" spreads the prototype norms, "compare" compares with the equations.
+weights to start from, "norms" spreads the prototype norms, "compare" compares with the equations; and those of
+`interruption`, of steps.
 """
 
 import copy
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upstream import equations, stand_ins
+from upstream import equations, interruption, stand_ins
 from upstream.steps import empty_result, errors, spread_norms
 
 K, P, DIM, PATCHES, BATCH, LOCAL = 48, 16, 32, 16, 3, 2
@@ -211,11 +212,13 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
     result["groups"] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     optimizer = torch.optim.SGD(groups, lr=1.0) if settings.get("unit") else torch.optim.AdamW(groups, lr=1e-3)
 
+    rates = [group["lr"] for group in optimizer.param_groups]
     reference = Reference(settings)
     losses: list[Tensor] = []
     architecture.backprop_loss = lambda loss: (losses.append(loss.detach().clone()), loss.backward())
-    for step, temperature in enumerate(TEMPERATURES):
-        images, expected = batch(step), []
+    parts = {"architecture": architecture, "optimizer": optimizer}
+    for step in interruption.loop(range(4), parts, settings, result):
+        temperature, images, expected = TEMPERATURES[step], batch(step), []
         if settings.get("compare"):
             for of_normalizer in (0.1, None):
                 want, student = reference(architecture, images, temperature, of_normalizer)
@@ -225,9 +228,8 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
         architecture.forward_backward(images, teacher_temp=temperature)
         for name, pair in zip(("errors_at_wrong_temperature", "errors"), expected, strict=False):
             result[name].append(errors(losses[-1], gradients_of(architecture.student), *pair))
-        if step == 0:  # DINOv2's learning rate of the last layer is 0 at first
-            for group in optimizer.param_groups:
-                group["lr"] *= not group["is_last_layer"]
+        for group, full in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = full * (step > 0 or not group["is_last_layer"])  # as in DINOv2, at first 0 in the last layer
         optimizer.step()
         architecture.update_teacher(0.9)
     for loss in (architecture.dino_loss, architecture.ibot_patch_loss):

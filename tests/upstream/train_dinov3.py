@@ -4,7 +4,7 @@ DINOv3's SSLMetaArch needs FSDP2 and CUDA. What runs here are its own `DINOLoss`
 called as SSLMetaArch does, on heads made by the DINOHead that its (changed) module imports, built on the meta device.
 
 Settings: "unit" compares with DINOv3's own head on prototypes of norm 1, otherwise with the equations on norms from
-0.4 to 4.
+0.4 to 4; and those of `interruption`, of steps.
 """
 
 import copy
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from upstream import equations
+from upstream import equations, interruption
 from upstream.steps import errors
 
 K, P, DIM, BATCH, PATCHES, LOCAL, TAU_T = 48, 16, 32, 3, 10, 2, 0.05
@@ -109,8 +109,13 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
         loss.init_weights()
     groups = get_params_groups_with_decay_fsdp(model=student, dino_head_wd_multiplier=0.5)
     optimizer = torch.optim.SGD([{"params": group["params"]} for group in groups], lr=0.1)
-    result: dict[str, Any] = {"errors": [], "last_layers": [g["name"] for g in groups if g["is_last_layer"]]}
-    for _ in range(4):
+    result: dict[str, Any] = {
+        "losses": [],
+        "errors": [],
+        "last_layers": [g["name"] for g in groups if g["is_last_layer"]],
+    }
+    parts = {"student": student, "teacher": teacher, "dino": dino, "ibot": ibot, "optimizer": optimizer}
+    for _ in interruption.loop(range(4), parts, settings, result):
         sizes = {"global": 2 * BATCH, "local": LOCAL * BATCH, "patches": PATCHES}
         x = {name: torch.randn(rows, DIM) for name, rows in sizes.items()}
         with torch.no_grad():
@@ -147,12 +152,14 @@ def main(checkout: str, output: str, settings: dict[str, Any]) -> None:
         ]
         found = errors(value.detach(), renamed[0], want.detach(), renamed[1])
         result["errors"].append(found)
+        result["losses"].append(value.detach())
         optimizer.step()
         if settings["unit"]:
             set_norms(student, torch.ones(K))
         with torch.no_grad():
             for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
                 ours.lerp_(theirs, 0.1)
+    result |= {"student": student.state_dict(), "teacher": teacher.state_dict()}
     torch.save(result, output)
 
 

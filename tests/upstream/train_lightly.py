@@ -1,15 +1,16 @@
 """Runs lightly's examples/pytorch/dino.py, shortened: train_lightly.py CHECKOUT OUTPUT SETTINGS.
 
 Settings: "unit" freezes the prototype norms at 1 and trains with SGD, "centering" is the loss's, "start_of" names the
-result whose weights to start from, "norms" spreads the prototype norms, "compare" compares with the equations.
-lightly itself is unchanged; stand-ins are torchvision (data, transforms, the ResNet) and lightning_utilities, which its
-transforms import.
+result whose weights to start from, "norms" spreads the prototype norms, "compare" compares with the equations; then
+there are those of `interruption`. lightly itself is unchanged; stand-ins are torchvision (data, transforms, the ResNet)
+and lightning_utilities, which its transforms import.
 """
 
 import copy
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upstream import equations
+from upstream import equations, interruption
 from upstream.missing import install
 from upstream.steps import empty_result, errors, spread_norms
 
@@ -25,6 +26,7 @@ SHORTER = {
     "epochs = 10": "epochs = 2",
     "batch_size=64": "batch_size=4",
     "num_workers=8": "num_workers=0",
+    "in range(epochs):": "in epochs_of(range(epochs)):",
     "warmup_teacher_temp_epochs=5,": "warmup_teacher_temp_epochs=1, teacher_temp=0.07,",
 }
 TEMPERATURES = (0.04, 0.07)
@@ -53,9 +55,15 @@ class Run:
     """The variables of the script while it runs, and what is recorded of them."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings, self.names, self.result = settings, {"__name__": "__main__"}, empty_result()
+        self.settings, self.result = settings, empty_result()
+        self.names: dict[str, Any] = {"__name__": "__main__", "epochs_of": self.epochs}
         self.center = torch.zeros(2048, dtype=torch.float64)  # the output_dim of the example
         self.expected: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def epochs(self, epochs: range) -> Iterator[int]:
+        """In place of the script's `range(epochs)`."""
+        parts = {name: self.names[name] for name in ("model", "criterion", "optimizer")}
+        return interruption.loop(epochs, parts, self.settings, self.result)
 
     def optimizer(self, make: Any, parameters: Any, lr: float) -> torch.optim.Optimizer:
         """The script calls this once, when model and loss are complete."""

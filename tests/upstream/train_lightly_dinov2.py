@@ -1,7 +1,7 @@
 """Runs lightly's examples/pytorch/dinov2.py, shortened: train_lightly_dinov2.py CHECKOUT OUTPUT SETTINGS.
 
 Settings: "unit" freezes the prototype norms at 1 and trains with SGD, "separate" gives the patches a head of their own,
-"centering" is the losses', "start_of", "norms" and "compare" are as in train_lightly.py. lightly itself is unchanged;
+"centering" is the losses', the others are as in train_lightly.py. lightly itself is unchanged;
 stand-ins are those of train_lightly.py and, for timm, a small backbone without drop path.
 """
 
@@ -10,6 +10,7 @@ import importlib
 import json
 import random
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upstream import equations
+from upstream import equations, interruption
 from upstream.missing import install
 from upstream.steps import empty_result, errors, spread_norms
 from upstream.train_lightly import Images
@@ -29,6 +30,7 @@ SHORTER = {
     "epochs = 50": "epochs = 2",
     "batch_size=64": "batch_size=4",
     "num_workers=8": "num_workers=0",
+    "in range(epochs):": "in epochs_of(range(epochs)):",
     'else "mps"': 'else "cpu"',
     "warmup_steps=int(30 / epochs * total_steps)": "warmup_steps=2",
 }
@@ -71,8 +73,14 @@ class Run:
     """The variables of the script while it runs, and what is recorded of them."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings, self.names, self.result = settings, {"__name__": "__main__"}, empty_result()
+        self.settings, self.result = settings, empty_result()
+        self.names: dict[str, Any] = {"__name__": "__main__", "epochs_of": self.epochs}
         self.centers = [torch.zeros(K, dtype=torch.float64) for _ in range(2)]
+
+    def epochs(self, epochs: range) -> Iterator[int]:
+        """In place of the script's `range(epochs)`."""
+        parts = {name: self.names[name] for name in ("model", "dino_criterion", "ibot_criterion", "optimizer")}
+        return interruption.loop(epochs, parts, self.settings, self.result)
 
     def optimizer(self, make: Any, parameters: Any, lr: float) -> torch.optim.Optimizer:
         """The script calls this once, when model and losses are complete."""

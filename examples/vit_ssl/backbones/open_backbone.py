@@ -46,7 +46,8 @@ def _open_auto_model(source: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         # A ViT saved without its pooler, which no protocol uses, would get a random one.
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-        if (depth := getattr(config, "num_hidden_layers", 1)) > 1000:  # they would be built before weights are missed
+        depth = max(getattr(config, "num_hidden_layers", 1), sum(getattr(config, "depths", None) or [1]))
+        if depth > 1000:  # they would be built before weights are missed
             raise ValueError(f"`num_hidden_layers` (={depth}) must be at most 1000")
         model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except OSError as error:

@@ -36,6 +36,8 @@ class Options:
     a .pth file of DINO, iBOT or MSN."""
     init_head: str | None = None
     """Start from this head and its centre: a run's heads/teacher, another folder, or a name on the hub."""
+    warm_start_head: bool = False
+    """Start from a head whose prototypes are a vMF mixture, fitted to what --init-backbone makes of the images."""
     max_steps: int | None = None
     """Stop after this many steps of the run, with the schedules of the whole run."""
     resume: bool = False
@@ -79,5 +81,7 @@ class Options:
         for name, low in lowest.items():
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"`{name}` (={value}) must be at least {low}")
+        if self.warm_start_head and not self.resume and (self.init_backbone is None or self.init_head is not None):
+            raise ValueError("`warm_start_head` needs `init_backbone`, to fit a head to, and no `init_head` beside it")
         if self.output is None and not (self.list_recipes or self.explain):
             raise ValueError("`output` (=None) must be the folder of the run")

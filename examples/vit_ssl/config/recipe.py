@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from config.backbone import check_backbone
 from config.methods import IBOTSettings, MSNSettings
 from config.settings import (
     LOWEST_TEMPERATURE,
@@ -21,11 +22,12 @@ from config.settings import (
     plain,
     read_settings,
 )
-from config.sizes import check_sizes
 from config.yaml_file import parse_yaml, read_yaml
 from storage.whole_file import whole_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+EARLIER = {"backbone": "vit", "feature_grid": 1}
+"""Fields that recipes and runs of earlier versions do not have, and what these were."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +59,15 @@ class Recipe:
     solarize_prob: float  # of the global views but the first; DINO 0.2
     grayscale_prob: float  # of every view; DINO 0.2
 
-    # Backbone: a transformers ViTModel.
-    patch_size: int  # side in pixels of a patch; both crop sizes must be multiples of it
-    hidden_size: int  # width of the tokens, and so of the features
-    num_hidden_layers: int  # blocks
-    num_attention_heads: int  # of every block; must divide `hidden_size`
-    initializer_range: float  # standard deviation of the initial weights, also of the head's MLP; DINO 0.02
-    drop_path: float  # stochastic depth of the student's last layer, rising linearly from 0 at the first
+    # Backbone: a transformers ViTModel, or a ResNetModel of basic blocks; see methods/backbone.py.
+    backbone: Literal["vit", "resnet"]  # a vision transformer, or for DINO a convolutional network
+    patch_size: int  # side in pixels of what a token stands for; of a ResNet, a position of its last feature map
+    hidden_size: int  # width of the tokens; of a ResNet's last map, to which the width doubles from stage to stage
+    num_hidden_layers: int  # blocks; the stages of a ResNet have equally many
+    num_attention_heads: int  # without effect for a ResNet
+    feature_grid: int  # a ResNet's features are means over so many by so many parts of its last map; of a ViT 1
+    initializer_range: float  # standard deviation of the initial weights; DINO 0.02. Of a ResNet, the head's MLP alone
+    drop_path: float  # stochastic depth of the student's last layer, rising linearly from 0 at the first; of a ViT
 
     # Projection head and prototypes.
     normalization: Literal["none", "l2", "vmf"]  # of the prototypes, Table 1; MSN's own is l2
@@ -107,12 +111,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_ranges(self, _RANGES)
-        check_sizes(self.image_size, self.local_size, self.patch_size)
-        whole_heads = f"a multiple of `num_attention_heads` (={self.num_attention_heads})"
-        check_fields(self, ("hidden_size",), whole_heads, lambda size: size % self.num_attention_heads == 0)
+        check_backbone(self)
         within = f"at most `epochs` (={self.epochs})"
         check_fields(self, ("warmup_epochs", "teacher_temp_warmup_epochs"), within, lambda n: n <= self.epochs)
         self._check_method()
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features that the head takes."""
+        return self.hidden_size * self.feature_grid**2
 
     def _check_method(self) -> None:
         of_method = f"with `method` (={self.method!r})"
@@ -138,7 +145,7 @@ class Recipe:
 
 
 _COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "hidden_dim", "bottleneck_dim")
-_SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers")
+_SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers", "feature_grid")
 _NOT_NEGATIVE = ("num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
 _NOT_NEGATIVE += ("teacher_temp_warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "warmup_start_lr")
 _NOT_NEGATIVE += ("norms_lr_multiplier",)
@@ -210,10 +217,10 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
 def recipe_from_dict(settings: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Return the recipe with these settings; every field must be there, with a value of the field's type.
 
-    Raises ValueError, beginning with `source`, where that is not so.
+    Only what `EARLIER` has may be missing. Raises ValueError, beginning with `source`, where that is not so.
     """
     try:
-        return read_settings(Recipe, settings)
+        return read_settings(Recipe, {**EARLIER, **settings})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 

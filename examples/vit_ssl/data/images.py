@@ -19,7 +19,9 @@ from data.left_out import SUFFIXES, LeftOut, is_hidden, some
 NAMES = ("photos", "digits", "folder", "hub")
 SPLITS = ("train", "val", "test")
 LIBRARY_SETS = ("photos", "digits")
-"""These sets of small images are used whole; photographs are cropped, as in ImageNet evaluations."""
+"""These sets come with libraries."""
+WHOLE_BELOW = 112
+"""Images that are evaluated at a smaller side than this, in px, are small ones, such as CIFAR's."""
 
 CELL = 32
 """A photograph is cut into cells of this side in pixels; the unused margin between its regions is as wide."""
@@ -105,9 +107,9 @@ def load_images(name: str, split: str, *, data: Path | None = None) -> Images:
     return _photos(split) if name == "photos" else _digits(split)
 
 
-def share_kept(name: str) -> float:
-    """Return how much of the shorter side of an image the evaluations of a data set use."""
-    return 1.0 if name in LIBRARY_SETS else 224 / 256
+def share_kept(name: str, image_size: int) -> float:
+    """Return the share of an image's shorter side that is evaluated: small images whole, others as ImageNet's are."""
+    return 1.0 if name in LIBRARY_SETS or image_size < WHOLE_BELOW else 224 / 256
 
 
 def split_columns(columns: int) -> dict[str, range]:

@@ -47,6 +47,11 @@ protocol has it for ViT-S; "cls+mean_patch", the [CLS] token and the mean patch 
 """
 
 
+FeaturesElsewhere: TypeAlias = Callable[[str, Path | None], FeaturesOf]
+"""A call with what `load_images` knows, (dataset, data), returns the features of other images by the same network and
+settings, cropped and resized as those of the evaluated data are."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """All that a protocol may use. Everything in it is the same on every rank."""
@@ -64,6 +69,8 @@ class Evaluation:
     """Folder where a protocol may write tables, plots and predictions, on the main rank."""
     dataset: str | None = None
     """What `features` are of: load_images(dataset, split, data=data) gives the images, unreadable ones too."""
+    features_elsewhere: FeaturesElsewhere | None = None
+    """The features of other images; None where there are none of the data."""
 
 
 Evaluator: TypeAlias = Callable[[Evaluation, Any], Iterator[Metric]]

@@ -9,6 +9,7 @@ from evaluators.finetune.finetune import finetune
 from evaluators.finetune.options import FinetuneOptions, SmallFinetuneOptions
 from evaluators.knn import KNNOptions, knn
 from evaluators.linear.linear import LinearOptions, linear
+from evaluators.ood.ood import OodOptions, ood
 from evaluators.protocol import Evaluator
 from evaluators.prototypes.prototypes import PrototypesOptions, prototypes
 from evaluators.retrieval.retrieval import RetrievalOptions, retrieval
@@ -41,4 +42,5 @@ PROTOCOLS: dict[str, Protocol] = {
     "linear": Protocol(LinearOptions, linear),
     "fewshot": Protocol(FewShotOptions, fewshot),
     "prototypes": Protocol(PrototypesOptions, prototypes, split="train", features=False),
+    "ood": Protocol(OodOptions, ood),
 }

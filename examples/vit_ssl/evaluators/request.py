@@ -92,26 +92,35 @@ def open_evaluation(request: Request) -> Evaluation:
         encoder = dataclasses.replace(encoder, image_size=size)
     dataset = _dataset(request, run)
     chosen = _choose(encoder, request.features, run)
-    if dataset is None:
-        features = _no_features
-    else:
-        in_library = dataset in LIBRARY_SETS
-        workers = request.extract.num_workers
-        extraction = Extraction(
-            chosen,
-            dataset,
-            request.data,
-            encoder.image_size,
-            device=device(),
-            cache=output / "features" if request.extract.cache and not in_library else None,
-            half=request.extract.half,
-            batch_size=request.extract.batch_size,
-            num_workers=(0 if in_library else (os.cpu_count() or 1) // world_size()) if workers is None else workers,
-        )
+    features, elsewhere = _no_features, None
+    if dataset is not None:
+        extraction = _extraction(request.extract, chosen, dataset, request.data, encoder.image_size, output)
         features = features_of(extraction)
+
+        def elsewhere(name: str, data: Path | None) -> FeaturesOf:
+            other = _extraction(request.extract, chosen, name, data, encoder.image_size, output)
+            return features_of(dataclasses.replace(other, keep=extraction.kept))
+
     # A run's head and centre belong to the weights they were trained with.
     own = run if request.features == "teacher" else None
-    return Evaluation(chosen, features, request.split, request.data, own, output, dataset)
+    return Evaluation(chosen, features, request.split, request.data, own, output, dataset, elsewhere)
+
+
+def _extraction(
+    options: ExtractOptions, chosen: Encoder | None, dataset: str, data: Path | None, image_size: int, output: Path
+) -> Extraction:
+    in_library, workers = dataset in LIBRARY_SETS, options.num_workers
+    return Extraction(
+        chosen,
+        dataset,
+        data,
+        image_size,
+        device=device(),
+        cache=output / "features" if options.cache and not in_library else None,
+        half=options.half,
+        batch_size=options.batch_size,
+        num_workers=(0 if in_library else (os.cpu_count() or 1) // world_size()) if workers is None else workers,
+    )
 
 
 def _check(request: Request) -> None:

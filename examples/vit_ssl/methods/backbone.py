@@ -1,4 +1,4 @@
-"""The vision transformer that is pretrained: a transformers ViTModel, with DINO's stochastic depth."""
+"""The network that is pretrained: a ViTModel of transformers with DINO's stochastic depth, or a ResNetModel."""
 
 from __future__ import annotations
 
@@ -7,13 +7,39 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTModel
+from transformers import PreTrainedModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
+from config.backbone import resnet_stages
 from config.recipe import Recipe
 
 
-def build_backbone(recipe: Recipe, *, drop_path: float = 0.0, mask_token: bool = False) -> ViTModel:
+def build_backbone(recipe: Recipe, *, drop_path: float = 0.0) -> PreTrainedModel:
+    """Return the randomly initialised backbone of a recipe; weights are drawn from torch's global generator."""
+    return build_vit(recipe, drop_path=drop_path) if recipe.backbone == "vit" else build_resnet(recipe)
+
+
+def build_resnet(recipe: Recipe) -> ResNetModel:
+    """Return a ResNet of basic blocks, each of two convolutions, with equally many in every stage.
+
+    Widths double from stage to stage, so that 8 layers of `hidden_size` 512 and `patch_size` 32 are ResNet-18.
+    """
+    stages = resnet_stages(recipe.patch_size)
+    widths = [recipe.hidden_size // 2**halvings for halvings in reversed(range(stages))]
+    config = ResNetConfig(
+        embedding_size=widths[0],
+        hidden_sizes=widths,
+        depths=[recipe.num_hidden_layers // stages] * stages,
+        layer_type="basic",
+        # transformers keeps these two, but does not use them: they say how others get the same features.
+        image_size=recipe.image_size,
+        feature_grid=recipe.feature_grid,
+    )
+    return ResNetModel(config)
+
+
+def build_vit(recipe: Recipe, *, drop_path: float = 0.0, mask_token: bool = False) -> ViTModel:
     """Return a randomly initialised ViT without pooler; weights are drawn from torch's global generator.
 
     `drop_path` is the rate of the last layer, rising linearly from 0 at the first, as in DINO's student (its teacher
@@ -33,6 +59,34 @@ def build_backbone(recipe: Recipe, *, drop_path: float = 0.0, mask_token: bool =
     backbone = ViTModel(config, add_pooling_layer=False, use_mask_token=mask_token)
     add_drop_path(backbone.layers, drop_path)
     return backbone
+
+
+def features(backbone: PreTrainedModel, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
+    """Return what DINO's and MSN's heads take: the [CLS] token of a ViT, the pooled map of a ResNet.
+
+    Images (B, 3, H, W) -> (B, D); `keep` is as in `tokens`, for ViTs alone.
+    """
+    return pooled(backbone, images) if isinstance(backbone, ResNetModel) else cls_token(backbone, images, keep=keep)
+
+
+def pooled(backbone: PreTrainedModel, images: Tensor) -> Tensor:
+    """Return the features of a convolutional network of transformers: images (B, 3, H, W) -> (B, D).
+
+    These are its pooled output. Where its configuration has a `feature_grid` g > 1, they are the means over g x g parts
+    of the last feature map, (C, g, g) flattened: what is where in an image is then part of them.
+    """
+    output = backbone(pixel_values=images)
+    grid = getattr(backbone.config, "feature_grid", 1)
+    if grid == 1:
+        return output.pooler_output.flatten(1)
+    return F.adaptive_avg_pool2d(output.last_hidden_state, grid).flatten(1)
+
+
+def blocks(backbone: PreTrainedModel) -> list[nn.Module]:
+    """Return the residual blocks of a backbone, in their order."""
+    if isinstance(backbone, ResNetModel):
+        return [block for stage in backbone.encoder.stages for block in stage.layers]
+    return list(backbone.layers)
 
 
 def tokens(backbone: ViTModel, images: Tensor, *, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:

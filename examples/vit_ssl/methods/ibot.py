@@ -10,7 +10,7 @@ from torch import Tensor
 
 from config.methods import IBOTSettings
 from config.recipe import Recipe
-from methods.backbone import build_backbone, tokens
+from methods.backbone import build_vit, tokens
 from methods.method import Batch, Method, Statistics, centered_targets, sample_rows
 from methods.network import Network, initialize_mlp
 from methods.statistics import center_entropy, target_statistics
@@ -123,7 +123,7 @@ class IBOT(Method):
 
 
 def _build_network(recipe: Recipe, settings: IBOTSettings, drop_path: float) -> PatchNetwork:
-    backbone = build_backbone(recipe, drop_path=drop_path, mask_token=True)
+    backbone = build_vit(recipe, drop_path=drop_path, mask_token=True)
     head = iBOTHead(
         recipe.hidden_size,
         recipe.out_dim,

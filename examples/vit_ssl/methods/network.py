@@ -7,23 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTModel
+from transformers import PreTrainedModel
 
 from config.recipe import Recipe
-from methods.backbone import build_backbone, cls_token
+from methods.backbone import build_backbone, features
 from vmf_heads import VMFPrototypeHead
 
 
 class Network(nn.Module):
-    """A backbone and the head on its [CLS] token."""
+    """A backbone and the head on its features, a ViT's [CLS] token or a ResNet's last feature map, pooled."""
 
-    def __init__(self, backbone: ViTModel, head: VMFPrototypeHead) -> None:
+    def __init__(self, backbone: PreTrainedModel, head: VMFPrototypeHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
 
     def forward(self, crops: Sequence[Tensor], keep: Sequence[Tensor] = ()) -> Any:
-        """Return what the head makes of len(crops) * B tokens, in the order of `crops`, each (B, 3, h, w).
+        """Return what the head makes of len(crops) * B features, in the order of `crops`, each (B, 3, h, w).
 
         The first len(keep) crops are seen in part: `keep[i]` (B, n) are the indices of their patches that stay.
         """
@@ -31,12 +31,12 @@ class Network(nn.Module):
         for index, crop in enumerate(crops):
             by_kind.setdefault((crop.shape, index < len(keep)), []).append(index)
         # One backbone call for each kind of crop and one head call make multi-crop affordable.
-        tokens: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         for (_, partly), indices in by_kind.items():
             kept = torch.cat([keep[index] for index in indices]) if partly else None
-            same_kind = cls_token(self.backbone, torch.cat([crops[index] for index in indices]), keep=kept)
-            tokens.update(zip(indices, same_kind.chunk(len(indices)), strict=True))
-        return self.head(torch.cat([tokens[index] for index in range(len(crops))]))
+            same_kind = features(self.backbone, torch.cat([crops[index] for index in indices]), keep=kept)
+            found.update(zip(indices, same_kind.chunk(len(indices)), strict=True))
+        return self.head(torch.cat([found[index] for index in range(len(crops))]))
 
 
 def build_network(recipe: Recipe, *, drop_path: float = 0.0, output: str = "logits") -> Network:
@@ -46,7 +46,7 @@ def build_network(recipe: Recipe, *, drop_path: float = 0.0, output: str = "logi
     """
     backbone = build_backbone(recipe, drop_path=drop_path)
     head = VMFPrototypeHead(
-        recipe.hidden_size,
+        recipe.feature_size,
         recipe.out_dim,
         use_bn=recipe.use_bn_in_head,
         norm_last_layer=recipe.normalization == "l2",

@@ -90,7 +90,9 @@ class _Parts(NamedTuple):
 def _facts(rows: Sequence[Row], checkpoint: str, recipe: Recipe | None, reference: str | None) -> list[tuple[str, str]]:
     facts = [("checkpoint", checkpoint)]
     if recipe:
-        model = f"{recipe.num_hidden_layers} blocks, width {recipe.hidden_size}, patches of {recipe.patch_size} px"
+        kind = {"vit": "vision transformer", "resnet": "ResNet"}[recipe.backbone]
+        model = f"{kind} of {recipe.num_hidden_layers} blocks, width {recipe.hidden_size}"
+        model += f", patches of {recipe.patch_size} px" if recipe.backbone == "vit" else ""
         facts.append(("pretrained with", f"{recipe.name}: {recipe.method}, {recipe.epochs} epochs on {recipe.dataset}"))
         facts.append(("model", f"{model}, {recipe.out_dim} prototypes"))
     if reference:

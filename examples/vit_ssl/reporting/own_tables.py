@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluators.ood.scores import IN_WORDS
 from reporting.several_runs.comparison import Difference, sentence
 
 Row = Mapping[str, Any]
@@ -22,6 +23,13 @@ WORDS = {
     ("finetune", "top1"): "fine-tuned",
     ("finetune", "per_class"): "fine-tuned, mean over classes",
 }
+OOD_MEASURES = {"auroc": "AUROC", "fpr95": "FPR95"}
+OOD_NOTE = (
+    "How well each score tells the evaluated images from others. AUROC is the probability that an image of the data "
+    "has the higher score: 100 is perfect, 50 is chance. FPR95 is the share of the images of the data that are "
+    "rejected when 95 % of the others are: 0 is perfect (both as in OpenOOD). Difficulty is the rank correlation, from "
+    "−1 to 1, of the score with whether kNN is right. All scores were fitted to train images alone."
+)
 COMPARE = "compare"
 """The protocol of rows that hold a difference between two models."""
 
@@ -35,7 +43,8 @@ class OwnTable(NamedTuple):
 
 
 def own_tables(rows: Sequence[Row], checkpoint: str) -> list[OwnTable]:
-    """Return a table of accuracies for each data set and split, and one of the prototypes; none without numbers.
+    """Return a table of accuracies for each data set and split, of the prototypes, and of other data; none without
+    numbers.
 
     `rows` are those of results.jsonl for this checkpoint; of several for one cell the last counts.
     """
@@ -44,7 +53,8 @@ def own_tables(rows: Sequence[Row], checkpoint: str) -> list[OwnTable]:
         _accuracies([row for row in rows if (row.get("data", ""), row["split"]) == place], place, checkpoint)
         for place in places
     ]
-    return tables + _prototypes({row["metric"]: row["value"] for row in rows if row["protocol"] == "prototypes"})
+    tables += _prototypes({row["metric"]: row["value"] for row in rows if row["protocol"] == "prototypes"})
+    return tables + _out_of_distribution([row for row in rows if row["protocol"] == "ood"])
 
 
 def difference_row(difference: Difference) -> tuple[str, float, dict[str, Any]]:
@@ -87,6 +97,34 @@ def _prototypes(counted: Mapping[str, Any]) -> list[OwnTable]:
         quantiles = (counted[f"kappa_{name}"] for name in ("p05", "p50", "p95"))
         lines.append(["have κ (5 %, median, 95 %)", ", ".join(f"{value:.3g}" for value in quantiles)])
     return [OwnTable("Prototypes", lines, [])]
+
+
+def _out_of_distribution(rows: Sequence[Row]) -> list[OwnTable]:
+    found = [row for row in rows if row.get("features", "teacher") == "teacher"]
+    if not found:
+        return []
+    data, split = found[-1].get("data", ""), found[-1]["split"]
+    last = {row["metric"]: row for row in found if (row.get("data", ""), row["split"]) == (data, split)}
+    of_score = {row["score"]: row for row in last.values()}
+    sets = {row["out"]: row["kind"] for row in last.values() if "out" in row}
+    titles = [f"{title}, {_named(name, kind)}" for name, kind in sets.items() for title in OOD_MEASURES.values()]
+    lines = [["", *titles, "difficulty", "chosen"]]
+    for score, row in of_score.items():
+        metrics = [f"{measure}_{score}@{name}" for name in sets for measure in OOD_MEASURES]
+        cells = [f"{100 * last[metric]['value']:.1f}" if metric in last else "–" for metric in metrics]
+        difficulty = last.get(f"difficulty_{score}")
+        cells.append("–" if difficulty is None else f"{difficulty['value']:+.2f}")
+        settings = ", ".join(f"{key} {row[key]:g}" for key in ("k", "components", "C") if key in row)
+        lines.append([IN_WORDS[score], *cells, settings])
+    return [
+        OwnTable(f"Out of distribution, {split} images{f' of {Path(data).name}' if data else ''}", lines, [OOD_NOTE])
+    ]
+
+
+def _named(name: str, kind: str) -> str:
+    if name == kind:
+        return f"mean of {kind} sets"
+    return name if kind == "out" else f"{name} ({kind})"
 
 
 def _column(row: Row) -> str:

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from config.recipe import Recipe
 from data.augment import MEAN, STD, EvalTransform
 from data.images import share_kept
-from methods.backbone import cls_token
+from methods.backbone import features
 from storage.checksums import write_checksums
 from storage.whole_file import whole_file, whole_folder
 from training.run import load_run
@@ -34,8 +34,9 @@ def export(output: Path, push_to_hub: str | None = None, *, program: bool = Fals
     backbone, heads = run.backbone, run.method.pretrained_heads()
     if program:
         write_program(backbone, run.recipe.image_size, output / PROGRAM)
-    backbone.embeddings.mask_token = None  # iBOT's, which only pretraining needs
-    return_cls(backbone)
+    if isinstance(backbone, ViTModel):
+        backbone.embeddings.mask_token = None  # iBOT's, which only pretraining needs
+        return_cls(backbone)
     processor = image_processor(run.recipe)
     with whole_folder(output / "backbone") as folder:
         backbone.save_pretrained(folder)
@@ -61,7 +62,7 @@ def image_processor(recipe: Recipe) -> BitImageProcessorPil:
     With PIL, which transformers takes where torchvision is not installed, the pixels are the same; torchvision rounds
     some of them differently.
     """
-    transform = EvalTransform(recipe.image_size, keep=share_kept(recipe.dataset))
+    transform = EvalTransform(recipe.image_size, keep=share_kept(recipe.dataset, recipe.image_size))
     crop = {"height": transform.size, "width": transform.size}
     return BitImageProcessorPil(
         size={"shortest_edge": transform.resized}, crop_size=crop, image_mean=list(MEAN), image_std=list(STD)
@@ -96,5 +97,5 @@ class _Features(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the [CLS] features (B, D) of images (B, 3, h, w)."""
-        return cls_token(self.backbone, images)
+        """Return the features (B, D) of images (B, 3, h, w)."""
+        return features(self.backbone, images)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config.options import Strategy
+from methods.backbone import blocks
 from methods.method import Method
 from runtime.distributed import device, world_size
 from training.ema import local
@@ -39,12 +40,15 @@ def parallelize(
     - `prototype_parallel`: so many processes at a time share the prototypes of both heads out, under either strategy; a
       process holds its part of them, and computes its part of everybody's logits. What is left of `strategy` is for
       everything else. See `vmf_heads.parallel`.
-    - `compile_blocks`: torch.compile of every transformer block.
+    - `compile_blocks`: torch.compile of every block of both backbones.
     - `activation_checkpointing`: the student's blocks are computed again in the backward pass instead of remembered.
 
-    Raises ValueError for FSDP2 without torchrun, for BatchNorm heads in several processes without GPUs, and for a
-    `prototype_parallel` that does not divide the number of processes or whose loss is not fused.
+    Raises ValueError for FSDP2 without torchrun, for BatchNorm in several processes without GPUs, for FSDP2 and
+    activation checkpointing of a ResNet, and for a `prototype_parallel` that does not divide the number of processes or
+    whose loss is not fused.
     """
+    if method.recipe.backbone == "resnet":
+        _check_resnet(strategy, activation_checkpointing)
     if strategy == "fsdp2" and not dist.is_initialized():
         raise ValueError("`strategy` (='fsdp2') needs torchrun, for one process too: torchrun --nproc-per-node 1 ...")
     if world_size() > 1:
@@ -55,7 +59,7 @@ def parallelize(
         method.student.backbone.activation_checkpointing_enable({"use_reentrant": False})
     if compile_blocks:
         for network in (method.student, method.teacher):
-            for block in network.backbone.layers:
+            for block in blocks(network.backbone):
                 block.compile()
     if strategy == "fsdp2":
         _shard(method.student, bfloat16)
@@ -120,13 +124,24 @@ def _share_prototypes(method: Method, parts: int) -> None:
         shard_prototypes(network, mesh)
 
 
+def _check_resnet(strategy: Strategy, activation_checkpointing: bool) -> None:
+    # Both are for networks that are too large for a device, which these are not. A BatchNorm that is computed again in
+    # the backward pass would count a batch twice.
+    of_resnet = "with `backbone` (='resnet')"
+    if strategy != "ddp":
+        raise ValueError(f"`strategy` (={strategy!r}) must be 'ddp' {of_resnet}")
+    if activation_checkpointing:
+        raise ValueError(f"`activation_checkpointing` (=True) must be False {of_resnet}")
+
+
 def _share_batch_statistics(method: Method) -> None:
-    if not any(isinstance(module, nn.BatchNorm1d) for module in method.modules()):
+    if not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in method.modules()):
         return
     if device().type != "cuda":
+        resnet = method.recipe.backbone == "resnet"
+        allowed = "`backbone` (='resnet') must be 'vit'" if resnet else "`use_bn_in_head` (=True) must be False"
         raise ValueError(
-            f"`use_bn_in_head` (=True) must be False in {world_size()} processes without GPUs: torch has no "
-            "synchronised BatchNorm for CPUs"
+            f"{allowed} in {world_size()} processes without GPUs: torch has no synchronised BatchNorm for CPUs"
         )
     method.student = nn.SyncBatchNorm.convert_sync_batchnorm(method.student)
     method.teacher = nn.SyncBatchNorm.convert_sync_batchnorm(method.teacher)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import ViTModel
+from transformers import PreTrainedModel
 
 from config.recipe import Recipe
 from methods.backbone import build_backbone
@@ -43,7 +43,7 @@ class Run:
     epoch: int  # epochs done, whole ones
 
     @property
-    def backbone(self) -> ViTModel:
+    def backbone(self) -> PreTrainedModel:
         """The backbone of the EMA teacher."""
         return self.method.teacher.backbone
 
@@ -76,8 +76,8 @@ def load_run(directory: str | Path, device: str | torch.device = "cpu") -> Run:
     return Run(state["recipe"], method, state["step"], state["epoch"])
 
 
-def random_backbone(recipe: Recipe, device: str | torch.device = "cpu") -> ViTModel:
-    """Return the backbone of that run before its first step (same seed), in eval mode: the "random ViT" baseline."""
+def random_backbone(recipe: Recipe, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Return the backbone of that run before its first step (same seed), in eval mode: the baseline "random"."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return build_backbone(recipe).requires_grad_(False).eval().to(device)

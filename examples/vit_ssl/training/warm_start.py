@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from backbones.open_backbone import open_backbone
+from data.images import Images
+from data.loading import load_steps
+from data.stream import ImageStream
+from methods.backbone import features
 from methods.method import Method
+from runtime.distributed import gather_rows, is_main, world_size
 from storage.checksums import CHECKSUMS, check_checksums
+from training.step import to_device
 from vmf_heads.head import find_head
 from vmf_heads.hub import PretrainedHead
+from vmf_heads.mixture import MixtureFit, warm_start_
 
-__all__ = ["start_from"]
+__all__ = ["fit_head", "start_from"]
+
+CROPS_PER_PROTOTYPE = 32
+MOST_CROPS = 2**20
 
 
 def start_from(method: Method, backbone: str | None = None, head: str | None = None) -> None:
@@ -63,3 +77,49 @@ def _load(module: nn.Module, found: Mapping[str, Tensor], name: str) -> None:
                 f"{name} must have the shapes of the recipe, in which {key} is {here}; there it is {there}"
             )
     module.load_state_dict({key: found[key] for key in wanted}, strict=False)
+
+
+def fit_head(
+    method: Method, images: Images | ImageStream, output: Path, *, num_workers: int, **options: Any
+) -> MixtureFit:
+    """Make both heads the mixture that fits the backbone's features of the first global crops that training will see.
+
+    Call it before the networks are wrapped; every process must call it. See `vmf_heads.mixture.warm_start_`: the MLP
+    begins as a projection onto principal directions, and kappa with a median of 1 / `student_temp`. Of iBOT's head it
+    is the part for [CLS]. All processes get the same head, and with any number of them it is the same to rounding.
+    `options` replace those of `warm_start_`. Returns the fit.
+    """
+    recipe = method.recipe
+    features = _global_crops(method, images, output, num_workers)
+    own_group = dist.new_subgroups(group_size=1)[0] if world_size() > 1 else None  # each process has all rows
+    student = find_head(method.student)
+    options = {"median_kappa": 1 / recipe.student_temp, "seed": recipe.seed % 2**62} | options
+    fit = warm_start_(student, features, temperature=recipe.student_temp, process_group=own_group, **options)
+    if world_size() > 1:
+        for tensor in (*student.parameters(), *student.buffers()):
+            dist.broadcast(tensor.data, src=0)  # whatever the processors of other machines round
+    method.teacher.load_state_dict(method.student.state_dict())
+    if is_main():
+        kappa = fit.mixture.kappa
+        print(
+            f"the head begins as a mixture of {len(kappa)} components, fitted to {len(features)} crops with a median "
+            f"kappa of {kappa.median():.0f}"
+        )
+    return fit
+
+
+@torch.no_grad()
+def _global_crops(method: Method, images: Images | ImageStream, output: Path, num_workers: int) -> Tensor:
+    """The [CLS] tokens (N, D) of the first two global crops of the images of the first steps, in their order."""
+    recipe = method.recipe
+    wanted = min(CROPS_PER_PROTOTYPE * recipe.out_dim, MOST_CROPS)
+    steps = math.ceil(wanted / (2 * recipe.batch_size))
+    per_epoch = len(images) // recipe.batch_size
+    found = []
+    for epoch in range(math.ceil(steps / per_epoch)):
+        end = min(per_epoch, steps - epoch * per_epoch)
+        for (batch,) in load_steps(images, recipe, epoch, 0, end, output, accumulate=1, num_workers=num_workers):
+            crops = to_device(batch)["crops"][:2]
+            found.append(torch.stack([features(method.teacher.backbone, crop) for crop in crops], dim=1))
+    own = torch.stack(found)  # (steps, images of this process, 2, D)
+    return gather_rows(own.flatten()).unflatten(1, own.shape).transpose(0, 1).flatten(0, 3)

@@ -2,13 +2,13 @@
 
 Experimental: the paper has DINO and iBOT only. The change to dinov2/train/ssl_meta_arch.py::
 
-    -from dinov2.loss import DINOLoss, iBOTPatchLoss, KoLeoLoss
     -from dinov2.layers import DINOHead
-    +from dinov2.loss import KoLeoLoss
     +from vmf_heads.compat.dinov2 import DINOHead, DINOLoss, iBOTPatchLoss
 
-    +self.dino_loss.attach(self.student, self.teacher, head="dino_head")          # once both exist
-    +self.ibot_patch_loss.attach(self.student, self.teacher, head="ibot_head")    # "dino_head" if it is shared
+    +self.dino_loss.attach(self.student, self.teacher)                            # once both exist
+    +self.ibot_patch_loss.attach(self.student, self.teacher)
+
+(The import must come after that of `dinov2.loss`, whose names it replaces.)
 
 With `train.centering: centering` the teacher follows Eq. 7 and Eq. 9. With `sinkhorn_knopp` (the ViT-L and ViT-g
 configurations) only the student's Eq. 6 is left: Sinkhorn-Knopp removes the teacher's log C_p exactly.
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._matmul import at_least_float32
 from ..head import VMFPrototypeHead
@@ -93,7 +93,7 @@ class DINOLoss(LateCenterLoss):
         fused: compute loss and gradients from features with `prototype_cross_entropy`, without any logits. Same numbers
             to rounding, a fraction of the memory; attached heads then return features.
 
-    `attach(student, teacher, head="dino_head")` must be called once. State dict: `log_center` (K,) with probability
+    `attach(student, teacher)` must be called once. State dict: `log_center` (K,) with probability
     centring; `center` (1, K), as in DINOv2, with logit centring. A DINOv2 checkpoint's `center` loads into either.
 
     Raises:
@@ -137,6 +137,10 @@ class DINOLoss(LateCenterLoss):
             process_group,
             fused=fused,
         )
+
+    def attach(self, student: nn.Module, teacher: nn.Module, head: str | None = None) -> None:
+        """As in `TeacherTargets.attach`; without `head` it is the student's "dino_head", or the only one there is."""
+        super().attach(student, teacher, _existing("dino_head", student) if head is None else head)
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
@@ -199,8 +203,8 @@ class iBOTPatchLoss(LateCenterLoss):
         process_group: the ranks that share one centre; None means all of them.
         fused: as in `DINOLoss`; only the rows that count are computed.
 
-    `attach(student, teacher, head="ibot_head")` must be called once ("dino_head" where the head is shared). State dict:
-    `log_center` (K,) with probability centring; `center` (1, 1, K), as in DINOv2, with logit centring.
+    `attach(student, teacher)` must be called once. State dict: `log_center` (K,) with probability centring; `center`
+    (1, 1, K), as in DINOv2, with logit centring.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or a tensor has the wrong shape.
@@ -232,6 +236,10 @@ class iBOTPatchLoss(LateCenterLoss):
             process_group,
             fused=fused,
         )
+
+    def attach(self, student: nn.Module, teacher: nn.Module, head: str | None = None) -> None:
+        """As in `TeacherTargets.attach`; without `head` it is the student's "ibot_head", or the only one there is."""
+        super().attach(student, teacher, _existing("ibot_head", student) if head is None else head)
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
@@ -322,3 +330,9 @@ class iBOTPatchLoss(LateCenterLoss):
     def _cross_entropy(self, name: str, logits: Tensor | HeadOutput, targets: Tensor | HeadOutput) -> Tensor:
         log_p = self._log_student(name, features_of(logits))
         return -(at_least_float32(features_of(targets)) * log_p).sum(dim=-1)
+
+
+def _existing(name: str, model: nn.Module) -> str | None:
+    """`name`, if a submodule of `model` has it."""
+    paths = (path for path, _ in model.named_modules(remove_duplicate=False))
+    return name if any(path.rpartition(".")[2] == name for path in paths) else None

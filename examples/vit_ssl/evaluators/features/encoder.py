@@ -1,16 +1,18 @@
-"""A frozen vision transformer as the evaluations use it, from a run or from whatever `open_backbone` opens."""
+"""A frozen backbone as the evaluations use it, from a run or from whatever `open_backbone` opens."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from backbones.open_backbone import SOURCES, open_backbone
+from methods.backbone import pooled
 from training.checkpoint_file import CHECKPOINT
 
 
@@ -32,6 +34,8 @@ class Encoder:
     """Side in px at which images are evaluated."""
     key: str = "teacher"
     """The name of the network that was read, where the file is an original .pth file."""
+    has_patches: ClassVar[bool] = True
+    """Whether there are patch tokens beside [CLS]."""
 
     def layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Return the tokens of the last `n` blocks, the last one last, each after the final LayerNorm: (B, 1 + h*w, D).
@@ -67,12 +71,33 @@ class Encoder:
         return torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1) if registers else tokens
 
 
+@dataclasses.dataclass(frozen=True)
+class PooledEncoder(Encoder):
+    """A frozen convolutional network: `methods.backbone.pooled` stands for [CLS], and there are no patch tokens.
+
+    It counts as one block, and takes images of any size: its `patch_size` is 1.
+    """
+
+    has_patches: ClassVar[bool] = False
+
+    def layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        """Return the features of images (B, 3, H, W) as the only token of the only block: [(B, 1, D)]."""
+        if n != 1:
+            raise ValueError(f"`n` (={n}) must be 1: a convolutional network has its pooled features alone")
+        return [pooled(self.model, images).unsqueeze(1)]
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Raise ValueError: there are none."""
+        raise ValueError(f"{self.source!r} ({type(self.model).__name__}) has no patch tokens")
+
+
 def open_encoder(
     source: str | Path, device: torch.device | str = "cpu", *, key: str = "teacher", heads: int | None = None
 ) -> Encoder:
     """Open a backbone for evaluation, in float32, as `open_backbone` does, and raise what that raises.
 
-    One of our own runs is opened by `request.open_evaluation` instead.
+    One of our own runs is opened by `request.open_evaluation` instead. A convolutional network of transformers, as
+    ResNet and ConvNeXt, gives its pooled output.
     """
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(
@@ -85,12 +110,14 @@ def open_encoder(
 
 
 def as_encoder(model: PreTrainedModel, source: str, *, image_size: int | None = None) -> Encoder:
-    """Wrap a transformers model, evaluated at `image_size` px (None: the size of its position embeddings).
+    """Wrap a transformers model, evaluated at `image_size` px (None: the size in its configuration, or else 224).
 
-    Freezes the model and sets it to eval mode. Raises ValueError when it is no vision transformer with [CLS] and patch
-    tokens.
+    Freezes the model and sets it to eval mode. Raises ValueError when it is neither a vision transformer with [CLS] and
+    patch tokens nor a convolutional network with a pooled output.
     """
     config = model.config
+    if hasattr(config, "hidden_sizes"):  # one for each stage of a convolutional network
+        return _as_pooled_encoder(model, source, image_size)
     try:
         patch_size, dim, depth = _side(config.patch_size), config.hidden_size, config.num_hidden_layers
         own_size = _side(config.image_size)
@@ -105,6 +132,19 @@ def as_encoder(model: PreTrainedModel, source: str, *, image_size: int | None = 
     if tokens.shape != (1, 1 + 2 * 3, dim):
         raise ValueError(f"{source!r} ({type(model).__name__}) must give a [CLS] token and one token per patch")
     return encoder
+
+
+def _as_pooled_encoder(model: PreTrainedModel, source: str, image_size: int | None) -> PooledEncoder:
+    model.requires_grad_(False).eval()
+    size = image_size or _side(getattr(model.config, "image_size", 224))
+    if (grid := getattr(model.config, "feature_grid", 1)) not in range(1, 65):
+        raise ValueError(f"`feature_grid` (={grid!r}) of {source!r} must be in 1 ... 64")
+    try:
+        with torch.no_grad():
+            dim = pooled(model, torch.zeros(1, 3, 64, 64, device=model.device)).shape[1]
+    except AttributeError as error:
+        raise ValueError(f"{source!r} ({type(model).__name__}) must give one pooled output per image") from error
+    return PooledEncoder(model, source, 1, dim, 1, size)
 
 
 def reinitialized(encoder: Encoder, seed: int = 0) -> Encoder:

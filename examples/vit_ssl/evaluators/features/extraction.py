@@ -20,7 +20,7 @@ from data.augment import EvalTransform
 from data.images import Images, load_images, share_kept
 from evaluators.features import feature_cache
 from evaluators.features.encoder import Encoder
-from evaluators.protocol import Features, FeaturesOf
+from evaluators.protocol import Features, FeaturesOf, NotApplicable
 from runtime.distributed import is_main, on_main, rank, world_size
 from runtime.interruption import leave_process_group
 
@@ -40,6 +40,12 @@ class Extraction:
     half: bool = False  # kept and handed out as float16
     batch_size: int = 256  # per rank
     num_workers: int = 0
+    keep: float | None = None  # of the shorter side, the share that is cropped; None: as `kept` says
+
+    @property
+    def kept(self) -> float:
+        """The share of the shorter side that is cropped: all of a library set, 224 of 256 px of other images."""
+        return self.keep or share_kept(self.dataset, self.image_size)
 
 
 class Chunk(NamedTuple):
@@ -60,10 +66,12 @@ def features_of(extraction: Extraction) -> FeaturesOf:
     def features(split: str, kind: str = "cls") -> Features:
         if kind not in KINDS:
             raise ValueError(f"`kind` (={kind!r}) must be one of {', '.join(KINDS)}")
+        if kind == "cls+mean_patch" and extraction.encoder and not extraction.encoder.has_patches:
+            raise NotApplicable("features of the kind 'cls+mean_patch' need a backbone with patch tokens")
         images = load_images(extraction.dataset, split, data=extraction.data)
         if is_main() and images.notes:
             print("\n  ".join([f"{images.split} images of {extraction.data}:", *images.notes]), file=sys.stderr)
-        keep = share_kept(extraction.dataset)
+        keep = extraction.kept
         encoder = extraction.encoder
 
         def encode_batch(batch: Tensor) -> Tensor:

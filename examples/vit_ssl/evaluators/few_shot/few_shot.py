@@ -108,8 +108,8 @@ def before_final_norm(encoder: Encoder, x: np.ndarray) -> np.ndarray:
 def _prepare(encoder: Encoder | None, x: np.ndarray, options: FewShotOptions) -> np.ndarray:
     if options.final_norm:
         return normalize(x)
-    if encoder is None:
-        raise ValueError("`final_norm` (=False) must be True for raw pixels, which pass no LayerNorm")
+    if encoder is None or not encoder.has_patches:
+        raise ValueError("`final_norm` (=False) must be True where no LayerNorm of a vision transformer comes last")
     return normalize(before_final_norm(encoder, x))
 
 

@@ -44,17 +44,20 @@ def finetune(evaluation: Evaluation, options: FinetuneOptions = DEFAULTS) -> Ite
     The encoder itself stays as it is. A val split is needed only to choose among several learning rates.
 
     Raises:
-        NotApplicable: raw pixels, or no images.
+        NotApplicable: raw pixels, a convolutional network, or no images.
         ValueError: an option is out of range.
         OSError: a train image cannot be read.
         FloatingPointError: the loss is not finite.
     """
     if evaluation.encoder is None or evaluation.dataset is None:
         raise NotApplicable("it needs a backbone and images: --data DIR, or --dataset NAME")
+    if not evaluation.encoder.has_patches:
+        raise NotApplicable("it is for vision transformers, not for convolutional networks")
     names = dict.fromkeys(["train", *(["val"] if len(options.lr) > 1 else []), evaluation.split])
     images = {name: load_images(evaluation.dataset, name, data=evaluation.data) for name in names}
     check(options, len(images["train"]))
-    transform = EvalTransform(evaluation.encoder.image_size, keep=share_kept(evaluation.dataset))
+    size = evaluation.encoder.image_size
+    transform = EvalTransform(size, keep=share_kept(evaluation.dataset, size))
     found = {}
     for lr in options.lr:
         classifier = train(evaluation.encoder, images["train"], options, lr)

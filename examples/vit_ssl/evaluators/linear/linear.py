@@ -34,7 +34,8 @@ class LinearOptions:
     """For sgd: run the backbone on new random-resized and flipped crops in every epoch, as DINO and the paper do.
     Without it the features are those of centre crops, made once, which is cheaper."""
     tokens: Literal["auto", "last4", "cls+mean_patch"] = "auto"
-    """For sgd: what [D] is; auto takes, as DINO, last4 up to ViT-S and cls+mean_patch for wider ones. [C] is [CLS]."""
+    """For sgd: what [D] is; auto takes, as DINO, last4 up to ViT-S and cls+mean_patch for wider ones. [C] is [CLS]. A
+    convolutional network has [C] alone, its pooled output."""
     lrs: tuple[float, ...] = LRS
     """For sgd: the learning rates for a batch of 256, scaled by batch_size / 256; the default is iBOT's sweep."""
     epochs: int = 100
@@ -73,7 +74,7 @@ def sgd(evaluation: Evaluation, options: LinearOptions) -> Iterator[Metric]:
     """Yield the accuracies by DINO's protocol, with the best learning rate on held-out train images or on val."""
     encoder = evaluation.encoder
     kinds = {"top1_C": "cls"}
-    if encoder is not None:
+    if encoder is not None and encoder.has_patches:
         kinds["top1_D"] = _tokens(options, encoder)
     schedule = Schedule(options.lrs, options.epochs, options.batch_size, options.seed)
     val = {kind: evaluation.features("val", kind) for kind in kinds.values()}

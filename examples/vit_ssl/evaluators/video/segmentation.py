@@ -58,11 +58,11 @@ def video_segmentation(evaluation: Evaluation, options: VideoOptions = VideoOpti
     does not matter. The ranks divide the sequences.
 
     Raises:
-        NotApplicable: raw pixels, or a data folder that is not DAVIS.
+        NotApplicable: no patch tokens, or a data folder that is not DAVIS.
         FileNotFoundError, OSError, ValueError: files are missing or damaged, with the layout that is expected.
     """
-    if evaluation.encoder is None:
-        raise NotApplicable("video segmentation needs the patch features of a backbone, not raw pixels")
+    if evaluation.encoder is None or not evaluation.encoder.has_patches:
+        raise NotApplicable("video segmentation needs the patch tokens of a vision transformer")
     if evaluation.data is None or not (evaluation.data / "ImageSets").is_dir():
         given = "`data` (=None)" if evaluation.data is None else f"`data` (={str(evaluation.data)!r})"
         raise NotApplicable(f"{given} is not the folder of DAVIS: {TREE}")

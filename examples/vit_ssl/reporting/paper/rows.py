@@ -110,8 +110,8 @@ def is_imagenet(row: Row) -> bool:
 
 def paper_row_of(recipe: Recipe) -> str | None:
     """Return the name that the paper would give such a model, "ViT-S/16 DINO-vMF"; None where it has no such model."""
-    shape = (recipe.hidden_size, recipe.num_hidden_layers, recipe.num_attention_heads)
-    size = {(384, 12, 6): "S", (768, 12, 12): "B"}.get(shape)
+    shape = (recipe.backbone, recipe.hidden_size, recipe.num_hidden_layers, recipe.num_attention_heads)
+    size = {("vit", 384, 12, 6): "S", ("vit", 768, 12, 12): "B"}.get(shape)
     vmf = recipe.normalization == "vmf"
     method = {"dino": "DINO", "ibot": "iBOT", "msn": "MSN"}[recipe.method] + ("-vMF" if vmf else "")
     as_published = recipe.method == "msn" or (recipe.centering == "probability") == vmf
@@ -121,8 +121,9 @@ def paper_row_of(recipe: Recipe) -> str | None:
 
 def ablation_row(recipe: Recipe) -> str | None:
     """Return the cell of Table 1 that the recipe repeats, such as "vmf, probability", or None."""
-    same = (recipe.method, recipe.hidden_size, recipe.num_hidden_layers, recipe.patch_size, recipe.epochs)
-    return f"{recipe.normalization}, {recipe.centering}" if same == ("dino", 384, 12, 16, 100) else None
+    same = (recipe.method, recipe.backbone, recipe.hidden_size, recipe.num_hidden_layers)
+    same += (recipe.patch_size, recipe.epochs)
+    return f"{recipe.normalization}, {recipe.centering}" if same == ("dino", "vit", 384, 12, 16, 100) else None
 
 
 def row_names() -> list[str]:

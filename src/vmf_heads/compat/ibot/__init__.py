@@ -12,8 +12,8 @@ The change to main_ibot.py, to be run with `--norm_last_layer false`::
 
 (The alias is needed because main_ibot.py defines its own class iBOTLoss further down, which would shadow the import.)
 The accuracy `acc` that main_ibot.py logs compares the argmax of the teacher's raw scores with that of the student's
-logits; in the original both are scores. With fused=True its two lines ask the loss for them: `teacher_scores`,
-`student_logits`.
+logits; in the original both are scores. With fused=True a line in front of it asks the loss for them:
+`with_cls_logits`.
 """
 
 from .head import iBOTHead

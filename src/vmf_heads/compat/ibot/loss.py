@@ -249,6 +249,14 @@ class iBOTLoss(AttachedLoss):
         head = self._attached()[1]
         return with_prototypes(teacher_cls, head.last_layer).scores(exact=head.float32_scores)
 
+    def with_cls_logits(
+        self, student_output: tuple[Output, Output], teacher_output: tuple[Output, Output]
+    ) -> tuple[tuple[Tensor, Output], tuple[Tensor, Output]]:
+        """Both outputs with `student_logits` and `teacher_scores` in place of their [CLS] tokens; patches stay as they
+        are."""
+        (student_cls, student_patch), (teacher_cls, teacher_patch) = student_output, teacher_output
+        return (self.student_logits(student_cls), student_patch), (self.teacher_scores(teacher_cls), teacher_patch)
+
     def _losses(self, student: Tokens, teacher: Tokens, weights: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Both losses from logits and scores, which join what the next step of the centres averages."""
         teacher, cls, patch = self._read(teacher, epoch)
