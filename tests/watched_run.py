@@ -17,7 +17,8 @@ SETTINGS = {
 
 
 def tiny_method(method: str = "dino") -> tuple[Recipe, Method]:
-    recipe = load_recipe(f"photos_{method}_vmf", SETTINGS)
+    shared = {"ibot.patch_out_dim": SETTINGS["out_dim"]} if method == "ibot" else {}
+    recipe = load_recipe(f"photos_{method}_vmf", SETTINGS | shared)
     built = build_method(recipe)
     built.teacher.backbone.layernorm.weight.data += 0.1  # other weights than those that a new backbone has
     return recipe, built

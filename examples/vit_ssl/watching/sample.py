@@ -58,7 +58,7 @@ def choose(images: Images, size: int, seed: int) -> Images:
 
 def features(images: Images, encode: Callable[[Tensor], Tensor], recipe: Recipe) -> Features:
     """Return the features (N, D) of centre crops; the ranks share the work. Unreadable images are left out."""
-    transform = EvalTransform(recipe.image_size, keep=share_kept(recipe.dataset))
+    transform = EvalTransform(recipe.image_size, keep=share_kept(recipe.dataset, recipe.image_size))
     chunks = extract(encode, images, transform, device=device(), batch_size=64, quiet=True)
     return assemble(chunks, images)[0]
 

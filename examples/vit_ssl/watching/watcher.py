@@ -16,7 +16,7 @@ from data.images import Images
 from data.stream import ImageStream
 from evaluators.knn import predict
 from evaluators.protocol import Features
-from methods.backbone import cls_token
+from methods.backbone import features as features_of_backbone
 from methods.method import Method
 from runtime.distributed import device, is_main
 from training.parallel import unwrap
@@ -119,4 +119,4 @@ class Watcher:
         self._backbone.load_state_dict(whole)
 
     def _encode(self, images: Tensor) -> Tensor:
-        return cls_token(self._backbone, images)
+        return features_of_backbone(self._backbone, images)
