@@ -218,7 +218,8 @@ def run(files: Sequence[str], checkouts: Path) -> dict[str, str]:
     """The outcome of every test in `files` by its node id: passed, failed or skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-o", "junit_family=xunit1", *files]
+        command = [sys.executable, "-m", "pytest", "-q", "--numprocesses=3", "--dist=loadfile", *files]
+        command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
         subprocess.run(
             command, cwd=ROOT, env=os.environ | {"VMF_HEADS_UPSTREAM": str(checkouts.resolve())}, check=False
         )

@@ -98,8 +98,9 @@ def check_order(student: FirstOutputs, teacher: FirstOutputs, given: Tensor) -> 
     ran = student.calls and not student.unknown
     if ran and not teacher.calls and not teacher.unknown and student.returned(given):
         raise RuntimeError(
-            "what the loss was given as the teacher's output came from the student's head: call "
-            "`attach(student, teacher)` with the student first"
+            "the teacher's head did not run between `attach` and the first call of the loss, and what the loss was "
+            "given as its output is what the student's head returned: call `attach(student, teacher)` with the student "
+            "first, and with the models that run, not with copies"
         )
     if ran and teacher.any_requires_grad and not student.any_requires_grad:
         raise RuntimeError(
