@@ -1,7 +1,8 @@
 """Evaluate a frozen vision transformer: python examples/vit_ssl/evaluate.py PROTOCOL --checkpoint X.
 
-X is a run of pretrain.py, a folder or hub name that transformers' AutoModel opens, or an original .pth file of DINO,
-iBOT or MSN. Under torchrun all processes share the work. `evaluate.py PROTOCOL --help` lists a protocol's settings;
+X is a run of pretrain.py, a folder or hub name that transformers' AutoModel opens, timm:NAME, or an original .pth file
+of DINO, iBOT, MSN, DINOv2 or DINOv3. Under torchrun all processes share the work. `evaluate.py PROTOCOL --help` lists a
+protocol's settings;
 `evaluate.py all` runs what the checkpoint and the data allow and writes evaluation.html and evaluation.md;
 `evaluate.py compare RUN ...` tells whether runs are better than raw pixels, a random network and each other;
 `evaluate.py page OUTPUT` writes the page again from the rows of any number of evaluations in OUTPUT/results.jsonl.

@@ -16,8 +16,8 @@ _FILLING = 32
 class LogitsMemory:
     """Memory for the logits of every chunk in turn: on the CPU fresh pages cost as much as a softmax.
 
-    A CPU holds the logits of a prototype side by side, (K, rows) in memory. MKL makes them in two thirds of the time
-    that it takes for (rows, K), and the other products are as fast. torch.compile cannot trace such results.
+    A CPU holds the logits of a prototype side by side, (K, rows) in memory. MKL makes them faster than as (rows, K),
+    and the other products are as fast. torch.compile cannot trace such results.
     """
 
     def __init__(self, rows: int, v: Tensor) -> None:
