@@ -12,10 +12,9 @@ from transformers import Dinov2Model, PreTrainedModel, ViTModel
 from backbones.models_of_weights import build_model, load_weights
 from backbones.original_names import Weights, kind_of
 from backbones.position_embeddings import interpolate_as_dino
+from data.augment import MEAN, STD
 
 PREFIX = "timm:"
-# Of the pixels, as for all backbones here; see data.augment.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Two implementations differ by rounding; relative to the size of all tokens.
 _TOLERANCE = 1e-3
 
@@ -42,10 +41,10 @@ def open_timm_model(name: str) -> PreTrainedModel:
     except Exception as error:  # whatever timm makes of a name, and the network of a download
         raise ValueError(f"timm opens no pretrained model `{name}`: {error}") from error
     config = theirs.pretrained_cfg
-    if (tuple(config["mean"]), tuple(config["std"])) != (_MEAN, _STD):
+    if (tuple(config["mean"]), tuple(config["std"])) != (MEAN, STD):
         raise ValueError(
             f"timm's `{name}` expects images of mean {config['mean']} and deviation {config['std']}; here they have "
-            f"ImageNet's, {_MEAN} and {_STD}"
+            f"ImageNet's, {MEAN} and {STD}"
         )
     try:
         weights = original_weights(theirs.state_dict())

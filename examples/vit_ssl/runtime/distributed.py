@@ -52,6 +52,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def group_of_one() -> dist.ProcessGroup | None:
+    """Return a group of this process alone, for work that each does on the same rows; None without others.
+
+    All processes must call it.
+    """
+    return dist.new_subgroups(group_size=1)[0] if world_size() > 1 else None
+
+
 def gather_rows(values: torch.Tensor) -> torch.Tensor:
     """Return the vectors (n,) of all processes as rows (world_size, n), on each of them."""
     if not dist.is_initialized():

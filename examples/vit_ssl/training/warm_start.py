@@ -17,7 +17,7 @@ from data.loading import load_steps
 from data.stream import ImageStream
 from methods.backbone import features
 from methods.method import Method
-from runtime.distributed import gather_rows, is_main, world_size
+from runtime.distributed import gather_rows, group_of_one, is_main, world_size
 from storage.checksums import CHECKSUMS, check_checksums
 from training.step import to_device
 from vmf_heads.head import find_head
@@ -91,10 +91,9 @@ def fit_head(
     """
     recipe = method.recipe
     features = _global_crops(method, images, output, num_workers)
-    own_group = dist.new_subgroups(group_size=1)[0] if world_size() > 1 else None  # each process has all rows
     student = find_head(method.student)
     options = {"median_kappa": 1 / recipe.student_temp, "seed": recipe.seed % 2**62} | options
-    fit = warm_start_(student, features, temperature=recipe.student_temp, process_group=own_group, **options)
+    fit = warm_start_(student, features, temperature=recipe.student_temp, process_group=group_of_one(), **options)
     if world_size() > 1:
         for tensor in (*student.parameters(), *student.buffers()):
             dist.broadcast(tensor.data, src=0)  # whatever the processors of other machines round

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluators.prototypes.components import Components
-from runtime.distributed import device
+from runtime.distributed import device, group_of_one
 from vmf_heads import log_vmf_normalizer
 from vmf_heads.mixture import VMFMixture, density_scores, fit_vmf_mixture
 
@@ -67,9 +67,7 @@ def fit_mixture(
     mask `held_out` (N,) the highest density; the sweep goes upwards and ends when two in a row are worse than the best.
     What is returned is fitted to all rows. Call it on all ranks, each of which then has the same mixture.
     """
-    # A group of this rank alone: every rank has all rows, and finds what one process finds.
-    group = dist.new_subgroups(group_size=1)[0] if dist.is_initialized() else None
-    fit = partial(_fit, group=group)
+    fit = partial(_fit, group=group_of_one())  # every rank has all rows, and finds what one process finds
     y, held = directions(x), torch.from_numpy(held_out).to(device())
     if num_components is not None:
         return fit(y, num_components), {"components": num_components}
