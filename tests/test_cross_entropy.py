@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vmf_reference
-from cross_entropy_problems import SHAPES, gradients, problem, reference, weight_normed
+from cross_entropy_problems import SHAPES, cast, gradients, problem, reference, weight_normed
 from devices import DEVICES
-from vmf_heads import HeadOutput, prototype_cross_entropy
+from vmf_heads import HeadOutput, _targets, prototype_cross_entropy
+from vmf_heads._logits import log_sum_of_predictions
 from vmf_heads.cross_entropy import dino_pairs, prototype_cross_entropy_reference
 
 SHAPE = (7, 5, 13, 3, 2)
@@ -41,6 +42,42 @@ def test_equals_the_reference(
 ) -> None:
     options = {"batch_chunk_size": batch_chunk_size, "normalizer": normalizer, "center_on": center_on}
     assert_equals_reference(problem(shape, scales=scales, device=device) | options)
+
+
+@CENTER_ON
+@pytest.mark.parametrize("batch_chunk_size", [1, 3, None])
+@SAME_POSITION
+def test_equals_the_reference_with_statistics_from_logits(
+    same_position: bool, batch_chunk_size: int | None, center_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are made wherever the exponentials of the targets do not hold them, and always on a GPU."""
+    monkeypatch.setattr(_targets, "log_sum_of_predictions", lambda p, bias: None)
+    arguments = problem(SQUARE if same_position else SHAPE, scales=True, same_position=same_position)
+    assert_equals_reference(arguments | {"batch_chunk_size": batch_chunk_size, "center_on": center_on})
+
+
+@CENTER_ON
+@pytest.mark.parametrize(("norm", "underflow"), [(1.0, False), (30.0, True)])
+def test_statistics_keep_the_prototypes_that_float32_would_lose(
+    norm: float, underflow: bool, center_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+
+    def observed(p: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        result = log_sum_of_predictions(p, bias)
+        found.append(result is None)
+        return result
+
+    monkeypatch.setattr(_targets, "log_sum_of_predictions", observed)
+    arguments = problem((9, 40, 3000, 16, 2), scales=True, dtype=torch.float32) | {"center_on": center_on}
+    arguments["teacher"] = arguments["teacher"]._replace(scales=torch.full((3000,), norm))
+    exact = arguments | {side: cast(arguments[side], torch.float64) for side in ("student", "teacher")}
+    exact |= {name: arguments[name].double() for name in ("log_center", "weights")}
+    _, expected, _ = reference(exact)
+    _, log_sum, _ = prototype_cross_entropy(**arguments)
+    assert found == [underflow]
+    assert (expected.min() < -200) == underflow
+    torch.testing.assert_close(log_sum.double(), expected, rtol=1e-5, atol=1e-4 * norm)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -267,14 +304,17 @@ def test_frozen_inputs_change_no_other_gradient(frozen: list[str], same_position
 
 
 class Products(TorchDispatchMode):
-    """Counts the multiplications of all matrix products."""
+    """Counts the multiplications of all products with features or prototypes, which have `dim` numbers a row."""
 
-    multiplications = 0
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.multiplications = dim, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             left, right = args[-2:]
-            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+            if self.dim in (*left.shape, right.shape[1]):  # others, with a vector, weigh or sum probabilities
+                self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
         return function(*args, **(kwargs or {}))
 
 
@@ -292,14 +332,13 @@ class Products(TorchDispatchMode):
     ],
 )
 def test_number_of_products(same_position: bool, frozen: list[str], per_row: int) -> None:
-    """Without log C_p, whose gradient is a product with a vector, which torch runs as one of matrices."""
     shape = (31, 31 if same_position else 11, 101, 17, 1)
     arguments = problem(shape, scales=True, same_position=same_position)
     for name in frozen:
         getattr(arguments["student"], name).requires_grad_(False)
 
-    with Products() as products:
-        loss = prototype_cross_entropy(**arguments, normalizer="none", batch_chunk_size=3)[0]
+    with Products(dim=17) as products:
+        loss = prototype_cross_entropy(**arguments, batch_chunk_size=3)[0]
         if loss.requires_grad:
             loss.backward()
     assert products.multiplications == per_row * 101 * 17

@@ -76,6 +76,7 @@ LAYERS = [
     ],
     ["prototypes", "optim", "parallel", "head", "centering", "hub", "_target_summary"],
     ["_logits"],
+    ["_targets"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
     ["mixture.concentration", "mixture._sampling", "mixture.distribution", "mixture._ranks", "mixture._seeding"],
     ["mixture._steps", "mixture.online", "mixture.fit", "mixture.scores", "mixture._isometric"],

@@ -20,7 +20,6 @@ the sum that a softmax divides by, multiplies the narrow operand of a product in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +28,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ._compiled import is_plain_eager
-from ._logits import LogitsMemory, chunks_of, differences_, log_softmax_, log_sum_, most_rows, predictions_, targets_
+from ._logits import LogitsMemory, chunks_of, differences_, most_rows, predictions_
 from ._once import once_differentiable
 from ._shards import Exchange
+from ._targets import Targets, over
 from ._weight_normed import Peaks, WeightNormed, add_average, take_peaks_
 from .prototypes import HeadOutput
 
@@ -74,17 +74,24 @@ class ChunkedCrossEntropy(Function):
     ) -> tuple[Tensor, Tensor]:
         total = _Accumulator(v, wanted, wants_db=d.bias_slope is not None)
         w = WeightNormed(v, scales, d.product_dtype)
-        teacher = WeightNormed(d.teacher.directions, d.teacher.scales, d.product_dtype)
-        loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, d, teacher, total).sum()
+        targets = Targets(
+            WeightNormed(d.teacher.directions, d.teacher.scales, d.product_dtype),
+            d.teacher_temperature,
+            d.statistics_bias,
+            d.target_bias,
+            d.teachers,
+            d.chunk_rows,
+        )
+        loss = (_same_position if d.teacher_rows is None else _any_position)(y, w, d, targets, total).sum()
         dv, dscales = (None, None)
         if (dw := total.finished_dw()) is not None:
             along_w = None if total.db is None or d.bias_slope is None else total.db * d.bias_slope
             dv, dscales = w.gradients_(dw, along_w, wanted[1:])
         # With what backward passes have multiplied the gradients by so far.
         ctx.save_for_backward(total.dy, dv, dscales, torch.ones_like(loss))
-        ctx.mark_non_differentiable(total.log_sum)
+        ctx.mark_non_differentiable(targets.log_sum)
         ctx.exchange = d.students
-        return loss, total.log_sum
+        return loss, targets.log_sum
 
     @staticmethod
     @once_differentiable(
@@ -122,7 +129,7 @@ def _is_batched(grad: Tensor) -> bool:
 
 
 class _Accumulator:
-    """The sums that chunks add to: gradients where `wanted`, and the teacher's statistics."""
+    """The gradients that chunks add to, where `wanted`."""
 
     def __init__(self, v: Tensor, wanted: Wanted, *, wants_db: bool) -> None:
         self.wants_dy = wanted[0]
@@ -130,7 +137,6 @@ class _Accumulator:
         self.dw = torch.empty_like(v) if wanted[1] or wanted[2] else None
         self._dw_is_empty = True
         self.db = v.new_zeros(len(v)) if wants_db else None
-        self.log_sum = v.new_full((len(v),), -torch.inf)
 
     def add_dw(self, p: Tensor, x: Tensor, dtype: torch.dtype | None, peaks: Peaks | None) -> None:
         """Add p' x (K, p) for p (c, K); the first one is written to fresh memory, which saves filling it with zeros."""
@@ -147,7 +153,7 @@ class _Accumulator:
         self.dy = torch.zeros_like(y) if self.wants_dy else None
 
 
-def _any_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightNormed, total: _Accumulator) -> Tensor:
+def _any_position(y: Tensor, w: WeightNormed, d: Distillation, targets: Targets, total: _Accumulator) -> Tensor:
     """The weighted losses (Ns,). Six products per row: three of every student row, three of every teacher row."""
     assert d.teacher_rows is not None
     none = d.teacher_rows < 0
@@ -166,17 +172,16 @@ def _any_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightNo
     all_y, all_row_weight = d.students.gather(y), d.students.gather(row_weight)
     all_z, all_target_weight = d.teachers.gather(d.teacher.features), d.teachers.gather(target_weight)
     all_target_features = d.teachers.gather(target_features)
-    buffers = 2 if d.teachers.ranks == 1 else 3  # of the teacher
-    student_chunks, teacher_chunks = chunks_of(len(all_y), d.chunk_rows), chunks_of(len(all_z), d.chunk_rows // buffers)
-    memory = LogitsMemory(max(most_rows(student_chunks), buffers * most_rows(teacher_chunks)), w.v)
+    student_chunks = chunks_of(len(all_y), d.chunk_rows)
+    memory = LogitsMemory(max(most_rows(student_chunks), targets.rows_of_memory(len(all_z))), w.v)
 
     total.begin_rows(all_y)
     log_sums = torch.empty_like(all_row_weight)
     for chunk in student_chunks:
         (buffer,) = memory.take(len(all_y[chunk]))
-        p, divisor, part = predictions_(w.products(all_y[chunk] / tau, buffer), w.late_factor, d.bias)
+        p, divisor, part = predictions_(w, all_y[chunk] / tau, d.bias, buffer)
         log_sums[chunk] = d.students.logsumexp(part)
-        rest = _times(divisor.reciprocal(), _share(d.students, part, log_sums[chunk]))
+        rest = over(_share(d.students, part, log_sums[chunk]), divisor)
         _add_gradients(total, d.students, chunk, p, all_y[chunk], w, all_row_weight[chunk] * rest, tau, peaks=True)
     losses = row_weight * d.students.own(log_sums)
     if total.dy is not None:
@@ -184,17 +189,16 @@ def _any_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightNo
 
     mean_prototype = torch.empty_like(all_target_features)  # T W
     mean_bias = y.new_zeros(len(all_z))  # T b
-    for chunk in teacher_chunks:
-        targets, share = _teacher_targets(d, teacher, all_z[chunk], total, memory.take(len(all_z[chunk]), buffers))
+    for chunk, p, factor in targets.chunks(all_z, memory):
         if d.bias is not None:
-            mean_bias[chunk] = _times(targets @ d.bias, share)
+            mean_bias[chunk] = (p @ d.bias) * factor
         if total.db is not None:
-            total.db.sub_(_times(all_target_weight[chunk], share) @ targets, alpha=1 / d.students.ranks)
-        peaks = take_peaks_(targets) if w.dtype is not None else None
+            total.db.sub_((all_target_weight[chunk] * factor) @ p, alpha=1 / d.students.ranks)
+        peaks = take_peaks_(p) if w.dtype is not None else None
         if total.dw is not None:
-            features = _times(all_target_features[chunk], share) / (-tau * d.students.ranks)
-            total.add_dw(targets, features, w.dtype, peaks)
-        mean_prototype[chunk] = _times(w.average_(targets, peaks), share)
+            features = all_target_features[chunk] * (factor / (-tau * d.students.ranks))[:, None]
+            total.add_dw(p, features, w.dtype, peaks)
+        mean_prototype[chunk] = w.average_(p, peaks) * factor[:, None]
     mean_prototype, mean_bias = d.teachers.sum_own(mean_prototype), d.teachers.sum_own(mean_bias)
 
     scaled = w.rounded(y / tau)  # as in the products that the logsumexp is made of, or the difference would keep it
@@ -206,7 +210,7 @@ def _any_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightNo
     return losses
 
 
-def _same_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightNormed, total: _Accumulator) -> Tensor:
+def _same_position(y: Tensor, w: WeightNormed, d: Distillation, targets: Targets, total: _Accumulator) -> Tensor:
     """The weighted losses (Ns,). Four products per row: two for the logits, and P - T with prototypes and features."""
     tau, exchange = d.student_temperature, d.students
     row_weight = y.new_ones(len(y)) if d.weights is None else d.weights[:, 0].to(y.dtype)
@@ -217,13 +221,11 @@ def _same_position(y: Tensor, w: WeightNormed, d: Distillation, teacher: WeightN
     losses = torch.empty_like(row_weight)
     for chunk in chunks:
         first, second, third = memory.take(len(y[chunk]), 3)
-        targets, share = _teacher_targets(d, teacher, z[chunk], total, (first, second, third))
-        if share is not None:
-            targets.mul_(share[:, None])
-        products = w.products(y[chunk] / tau, first)
-        difference, cross_entropy = differences_(products, w.late_factor, d.bias, targets, third, exchange)
+        p, divisor, share = targets.make(z[chunk], first, third)
+        p.mul_(over(share, divisor)[:, None])
+        difference, cross_entropy = differences_(w, y[chunk] / tau, d.bias, p, share, (second, third), exchange)
         losses[chunk] = row_weight[chunk] * cross_entropy
-        _add_gradients(total, exchange, chunk, difference, y[chunk], w, row_weight[chunk], tau, peaks=False)
+        _add_gradients(total, exchange, chunk, difference, y[chunk], w, -row_weight[chunk], tau, peaks=False)
     if total.dy is not None:
         total.dy = exchange.sum_own(total.dy)
     return exchange.sum_own(losses)
@@ -255,34 +257,6 @@ def _add_gradients(
         total.dy[chunk] += scale * w.average_(p, taken)
 
 
-def _teacher_targets(
-    d: Distillation, teacher: WeightNormed, z: Tensor, total: _Accumulator, buffers: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """The teacher's probabilities (c, K), Eq. 7, of the rows z (c, p), in the second buffer, and their share; on the
-    way, these rows' part of the statistics. The third buffer is used only where the prototypes are cut over ranks."""
-    products, result = teacher.products(z / d.teacher_temperature, buffers[0]), buffers[1]
-    if d.teachers.ranks == 1:
-        logits, log_p = log_softmax_(products, teacher.late_factor, d.statistics_bias, result)
-        total.log_sum = torch.logaddexp(total.log_sum, log_sum_(log_p))
-        return targets_(logits, d.target_bias, result), None
-    logits, log_p = log_softmax_(products, teacher.late_factor, d.statistics_bias, buffers[2])
-    of_statistics = logits.amax(dim=1) - log_p.amax(dim=1)  # the logsumexp
-    if d.target_bias is not None:
-        logits.add_(d.target_bias)
-    targets = targets_(logits, None, result)
-    of_targets = logits.amax(dim=1) - targets.amax(dim=1).log()
-    parts = torch.stack([of_statistics, of_targets])
-    wholes = d.teachers.logsumexp(parts)
-    log_p.add_((parts[0] - wholes[0])[:, None])
-    total.log_sum = torch.logaddexp(total.log_sum, log_sum_(log_p))
-    return targets, _share(d.teachers, parts[1], wholes[1])
-
-
 def _share(exchange: Exchange, part: Tensor, whole: Tensor) -> Tensor | None:
     """How much of a row's probability (c,) is with this rank's prototypes, from two logsumexps; None for all of it."""
     return None if exchange.ranks == 1 else (part - whole).exp()
-
-
-def _times(x: Tensor, share: Tensor | None) -> Tensor:
-    """x (c,) or (c, p), times the share (c,) of its rows."""
-    return x if share is None else x * share.view(-1, *[1] * (x.dim() - 1))

@@ -16,6 +16,7 @@ from types import FunctionType
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -60,11 +61,16 @@ def evaluate(function: Pointwise, kappa: Tensor, p: int, compiled: bool | None) 
 
 def is_plain_eager(tensor: Tensor) -> bool:
     """Whether nothing traces, transforms or replaces the operations on `tensor`."""
+    return has_values(tensor) and _get_current_dispatch_mode() is None
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a number of `tensor` can be read here: nothing traces or transforms what is done to it."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
-        and _get_current_dispatch_mode() is None
+        and get_proxy_mode() is None
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not tensor.is_meta
     )

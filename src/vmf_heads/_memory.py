@@ -7,7 +7,7 @@ import torch
 # One chunk takes at most so many bytes. It should hold enough rows that the prototypes, which are read once a chunk,
 # are used often, and be small beside the logits of a whole batch. From 32 MiB on glibc's malloc asks the system for
 # fresh pages on every call, which take as long as a matrix product of a chunk.
-CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}
+CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 128 * 2**20}
 # Several elementwise passes over a block of this size find it in a cache.
 CACHE_BYTES = 4 * 2**20
 

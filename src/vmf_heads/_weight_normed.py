@@ -35,11 +35,11 @@ class WeightNormed:
         """The factor (K,) that the result of `products` still lacks."""
         return self.factor if self.dtype is None else None
 
-    def products(self, y: Tensor, buffer: Tensor) -> Tensor:
-        """<y, w> (c, K) but for `late_factor`; in `buffer` unless the operands are in half precision."""
+    def products(self, y: Tensor, buffer: Tensor, prototypes: slice) -> Tensor:
+        """<y, w> (c, k) for k of the prototypes, but for `late_factor`; in `buffer` unless in half precision."""
         if self.dtype is None:
-            return torch.mm(y, self._operand.t(), out=buffer)
-        return mm_float32(y.to(self.dtype), self._operand.t())
+            return torch.mm(y, self._operand[prototypes].t(), out=buffer)
+        return mm_float32(y.to(self.dtype), self._operand[prototypes].t())
 
     def rounded(self, y: Tensor) -> Tensor:
         """`y` as `products` takes it, in its own dtype."""
