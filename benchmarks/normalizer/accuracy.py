@@ -1,13 +1,14 @@
 """Errors of every method at every point of tests/data/normalizer_truth.csv, in eps of the dtype."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from benchmarks.normalizer.peers import available, mpmath_besseli
 from benchmarks.normalizer.truth import Exact, Truth, load_truth
+from benchmarks.progress import progress
 from vmf_heads import log_vmf_normalizer, vmf_mean_resultant
 
 OURS, OURS_COMPILED = "vmf_heads", "vmf_heads, compiled"
@@ -17,19 +18,24 @@ COMPILED = (64, 256, 1024)  # building a kernel takes seconds
 PLAIN_MPMATH = (3, 256)  # a point takes up to a second
 
 
-def measure(device: str, *, quick: bool) -> list[dict[str, Any]]:
-    """One row per method, dtype and p; what the columns hold is said in `_score` and `_training_score`."""
+def measure(
+    device: str, *, quick: bool, peers: bool = True, compiled: Collection[int] = COMPILED
+) -> list[dict[str, Any]]:
+    """One row per method, dtype and p; what the columns hold is said in `_score` and `_training_score`.
+
+    `compiled` are the dimensions at which our kernels are scored, too; without `peers` ours is the only method.
+    """
     table = {p: truth for p, truth in load_truth().items() if not quick or p in QUICK}
     rows = []
-    for p, truth in tqdm(table.items(), desc="accuracy"):
+    for p, truth in progress(table.items(), desc="accuracy"):
         for name, dtype in DTYPES.items():
             kappa = truth.kappa.astype(name)
             rows.append(_row(OURS, truth, *_ours(kappa, dtype, p, device, compiled=False)))
-            if p in COMPILED and not quick:
+            if p in compiled and not quick:
                 rows.append(_row(OURS_COMPILED, truth, *_ours(kappa, dtype, p, device, compiled=True)))
-            for method, function in available().items():
+            for method, function in available().items() if peers else ():
                 rows.append(_row(method, truth, *relative(truth, *function(kappa, p)), None))
-        if p in PLAIN_MPMATH and not quick:
+        if p in PLAIN_MPMATH and peers and not quick:
             # Below 1e5 only: above, single points take minutes.
             few = np.flatnonzero((truth.kappa >= 1e-8) & (truth.kappa <= 1e5))
             subset = _subset(truth, few)
