@@ -1,6 +1,6 @@
 """Errors of every method at every point of tests/data/normalizer_truth.csv, in eps of the dtype."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,28 +18,34 @@ COMPILED = (64, 256, 1024)  # building a kernel takes seconds
 PLAIN_MPMATH = (3, 256)  # a point takes up to a second
 
 
-def measure(
-    device: str, *, quick: bool, peers: bool = True, compiled: Collection[int] = COMPILED
-) -> list[dict[str, Any]]:
-    """One row per method, dtype and p; what the columns hold is said in `_score` and `_training_score`.
-
-    `compiled` are the dimensions at which our kernels are scored, too; without `peers` ours is the only method.
-    """
+def measure(device: str, *, quick: bool) -> list[dict[str, Any]]:
+    """One row per method, dtype and p; what the columns hold is said in `_score` and `_training_score`."""
     table = {p: truth for p, truth in load_truth().items() if not quick or p in QUICK}
     rows = []
     for p, truth in progress(table.items(), desc="accuracy"):
         for name, dtype in DTYPES.items():
             kappa = truth.kappa.astype(name)
             rows.append(_row(OURS, truth, *_ours(kappa, dtype, p, device, compiled=False)))
-            if p in compiled and not quick:
+            if p in COMPILED and not quick:
                 rows.append(_row(OURS_COMPILED, truth, *_ours(kappa, dtype, p, device, compiled=True)))
-            for method, function in available().items() if peers else ():
+            for method, function in available().items():
                 rows.append(_row(method, truth, *relative(truth, *function(kappa, p)), None))
-        if p in PLAIN_MPMATH and peers and not quick:
+        if p in PLAIN_MPMATH and not quick:
             # Below 1e5 only: above, single points take minutes.
             few = np.flatnonzero((truth.kappa >= 1e-8) & (truth.kappa <= 1e5))
             subset = _subset(truth, few)
             rows.append(_row("mpmath.besseli", subset, *relative(subset, *mpmath_besseli(subset.kappa, p)), None))
+    return rows
+
+
+def measure_ours(device: str, dimensions: Iterable[int] | None = None, *, compiled: bool) -> list[dict[str, Any]]:
+    """The rows of `measure` that are ours, at these dimensions or at all: of plain operations or of kernels."""
+    method, table = OURS_COMPILED if compiled else OURS, load_truth()
+    rows = []
+    for p in table if dimensions is None else dimensions:
+        for name, dtype in DTYPES.items():
+            scored = _ours(table[p].kappa.astype(name), dtype, p, device, compiled=compiled)
+            rows.append(_row(method, table[p], *scored))
     return rows
 
 
