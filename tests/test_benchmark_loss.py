@@ -13,6 +13,7 @@ from test_cross_entropy import Products
 from vmf_heads import cross_entropy
 
 SIZES = [Size("crops", 4, 3, 37, 5), Size("patches", 0, 7, 37, 5)]
+ATTENDED = [Size("crops", 4, 3, 40, 16), Size("patches", 0, 7, 40, 16)]  # what attention kernels of a GPU take
 
 
 def step(
@@ -34,11 +35,9 @@ def test_fused_and_unfused_agree(size: Size, weight_norm: bool) -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on purpose: the CPU is for testing
 @pytest.mark.parametrize("kernel", [attention.flex, attention.sdpa])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "size", [Size("crops", 4, 3, 40, 16), Size("patches", 0, 7, 40, 16)], ids=lambda size: size.name
-)
+@pytest.mark.parametrize("size", ATTENDED, ids=lambda size: size.name)
 def test_attention_gives_the_loss_and_its_gradients(size: Size, device: str, kernel: attention.Attention) -> None:
-    """In dimensions that the kernels of a GPU take, and there to the precision of their products."""
+    """On a GPU to the precision of its kernels' products."""
     by_attention = partial(attention.by_attention, attention=kernel)
     got, want = (step(call, size, weight_norm=False, device=device) for call in (by_attention, contenders.unfused))
     torch.testing.assert_close(got, want, **({"rtol": 1e-3, "atol": 1e-4} if device == "cuda" else {}))

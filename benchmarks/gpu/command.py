@@ -30,13 +30,11 @@ def main(arguments: list[str]) -> int:
         default="cuda",
         help="cpu: a rehearsal with tiny sizes, whose files go to runs/gpu_rehearsal (default: cuda)",
     )
-    parser.add_argument(
-        "--output", type=Path, help="folder with the layout of the repository (default: the repository)"
-    )
+    parser.add_argument("--output", type=Path, help="where the files go, laid out as in the repository, the default")
     parser.add_argument("--only", choices=tuple(STAGES), help="one stage alone, in this process")
     parser.add_argument("--seconds", type=float, help="when `--only` begins nothing more (default: its share)")
     given = parser.parse_args(arguments)
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if given.device == "cuda" and given.only != "docs" and not torch.cuda.is_available():
         parser.error("`--device` (=cuda) needs a GPU that torch sees; `--device cpu` rehearses without one")
     root = (given.output or (ROOT if given.device == "cuda" else REHEARSAL)).resolve()
     if given.only is None:

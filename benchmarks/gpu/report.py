@@ -9,7 +9,6 @@ from benchmarks.gpu import figures
 from benchmarks.gpu.job import ROOT, Job
 from benchmarks.gpu.losses import file_name
 from benchmarks.loss import contenders
-from benchmarks.loss.measure import STARTS
 from benchmarks.loss.report import lost, size_tables
 from benchmarks.marked_tables import filled
 from benchmarks.normalizer.report import method_table, speed_table
@@ -57,7 +56,7 @@ def loss_tables(find: Find) -> str:
     found = {dtype: result for dtype in ("bfloat16", "float32") if (result := find(file_name("loss", dtype)))}
     parts = []
     if found:
-        parts += [ratio_table(found), *(f"*{provenance(result)}*" for result in list(found.values())[:1])]
+        parts += [ratio_table(found), f"*{provenance(next(iter(found.values())))}*"]
         parts += [f"{dtype}: {lost(result['rows'])}" for dtype, result in found.items()]
         if any("growth" in result for result in found.values()):
             parts.append(f"![Extra memory against batch size on a GPU](images/{figures.MEMORY_FIGURE})")
@@ -90,10 +89,7 @@ def ratio_table(found: dict[str, dict[str, Any]]) -> str:
             floor = own.pop(contenders.PRODUCTS, None)
             plain = own.get(contenders.PLAIN)
             fastest = min(own.values(), key=lambda row: float(row["step_s"]), default=None)
-            start = next(
-                word for word, start in (("W", STARTS[False]), ("v, g", STARTS[True])) if start == fused["start"]
-            )
-            cells = [dtype, fused["size"], start, f"{1e3 * fused['step_s']:.2f}"]
+            cells = [dtype, fused["size"], fused["start"].removeprefix("from "), f"{1e3 * fused['step_s']:.2f}"]
             cells += [_ratio(fused, plain, "step_s"), _ratio(fused, fastest, "step_s")]
             cells[-1] += f" ({fastest['contender']})" if fastest else ""
             cells += [_ratio(fused, floor, "step_s"), _ratio(fused, plain, "extra_bytes")]
@@ -129,9 +125,8 @@ def normalizer_tables(find: Find) -> str:
 
 def provenance(result: dict[str, Any]) -> str:
     """What a result was measured on, and when."""
-    versions = ", ".join(
-        f"{name} {version}" for name, version in (result["versions"] | result.get("peers", {})).items()
-    )
+    packages = result["versions"] | result.get("peers", {})
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     return f"{result['device']}, {result['date']}; {versions}; `python -m benchmarks gpu`."
 
 

@@ -33,7 +33,7 @@ def run_all(device: str, root: Path) -> int:
     outcomes = []
     for index, name in enumerate(names):
         later = sum(seconds(other, device) for other in names[index + 1 :])
-        limit = end - time.monotonic() - later
+        limit = max(end - time.monotonic() - later, seconds(name, device))
         print(f"\n== {name}, at most {limit:.0f} s", flush=True)
         command = [sys.executable, "-m", "benchmarks", "gpu", "--device", device, "--output", str(root)]
         outcomes.append(run_stage(name, [*command, "--only", name, "--seconds", f"{time_to_begin(limit):.0f}"], limit))
@@ -61,15 +61,21 @@ def run_stage(name: str, command: list[str], limit: float) -> Outcome:
     finally:  # what a stage has started itself, such as compilers, is in its session
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may not let go of its process
+            process.wait(10)
     return Outcome(name, state, time.monotonic() - started)
 
 
 def summary(outcomes: list[Outcome], root: Path, started: float) -> str:
     """Every stage and how it ended; the files written since `started`, and what failed by them."""
-    words = {"ran": "ran", "failed": "FAILED", "stopped": "STOPPED at its limit", "interrupted": "INTERRUPTED"}
+    words = {
+        "ran": "ran",
+        "failed": "FAILED, as its output above says",
+        "stopped": "STOPPED at its limit",
+        "interrupted": "INTERRUPTED",
+    }
     lines = ["== Summary"]
-    lines += [f"{outcome.name}: {words[outcome.state]}, {outcome.seconds:.0f} s" for outcome in outcomes]
+    lines += [f"{outcome.name}: {outcome.seconds:.0f} s, {words[outcome.state]}" for outcome in outcomes]
     folders = (root / "benchmarks" / "results", root / "docs", root / "docs" / "images")
     written = [path for folder in folders for path in sorted(folder.glob("*.*")) if path.stat().st_mtime >= started]
     lines.append("Files:" if written else "No file was written.")

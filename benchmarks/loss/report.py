@@ -62,7 +62,8 @@ def ratio_table(rows: Rows) -> str:
 def lost(rows: Rows) -> str:
     """How often another loss was faster than the fused one, and which was the fastest there, in words."""
     cases = [[row for row in own if "step_s" in row] for own in _cases(rows)]
-    cases = [own for own in cases if any(row["contender"] == contenders.COMPILED for row in own)]  # not the brief ones
+    needed = {contenders.COMPILED, contenders.FUSED}  # the brief cases lack the former
+    cases = [own for own in cases if needed <= {row["contender"] for row in own}]
     sentences = []
     for own in cases:
         others = [row for row in own if row["contender"] not in (contenders.FUSED, contenders.PRODUCTS)]
