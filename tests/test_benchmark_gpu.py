@@ -56,15 +56,20 @@ def test_a_case_that_fails_is_named_and_the_next_is_measured(job: Job, monkeypat
     def measured(size: object, **options: object) -> list[dict[str, object]]:
         if size == losses.TINY:
             raise torch.OutOfMemoryError("much too large\nand more")
-        return [{"size": str(size), "start": "there", "contender": "one", "step_s": 1.0}]
+        own = {"size": str(size), "start": "there", "contender": contenders.FUSED, "missing": "broken"}
+        return [own, {**own, "contender": "another"}]
 
     monkeypatch.setattr(measure, "measure_case", measured)
     want = [f"{losses.TINY}, from the head's parameters: OutOfMemoryError: much too large"]
+    want += [f"vMF, fused, {losses.TINY_PATCHES}, there: broken"]
     assert losses.run(job, "float32") == want
     result = results.latest("loss", "cpu", folder=job.results)
     assert result["failed"] == want
-    assert [row["size"] for row in result["rows"]] == [str(losses.TINY_PATCHES)]
-    assert run.what_happened(result) == ["1 rows", "1 of 2 cases", *want]
+    assert run.what_happened(result)[:4] == ["2 rows", "1 of 2 cases", *want]
+    assert run.what_happened(result)[4:] == [
+        f"vMF, fused, {losses.TINY_PATCHES}: broken",
+        f"another, {losses.TINY_PATCHES}: broken",
+    ]
 
 
 def test_nothing_begins_after_the_deadline(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.gpu.job import Job
-from benchmarks.loss import measure, peers
+from benchmarks.loss import contenders, measure, peers
 from benchmarks.loss.inputs import Size
 
 VIT_S, VIT_B = Size("ViT-S/16", 10, 64, 65536), Size("ViT-B/16", 12, 128, 65536)
@@ -28,7 +28,10 @@ def file_name(benchmark: str, dtype: str) -> str:
 
 
 def run(job: Job, dtype: str) -> list[str]:
-    """Measure every case, and memory against the number of images; returns the cases that failed as a whole."""
+    """Measure every case, and memory against the number of images.
+
+    Returns what failed: cases as a whole, or the fused loss in them. Others may fail.
+    """
     cases = REHEARSED if job.is_rehearsal else CASES[dtype]
     settings: dict[str, Any] = {"dtype": dtype, "peers": peers.versions(), "cases": len(cases)}
     rows: list[dict[str, Any]] = []
@@ -44,7 +47,10 @@ def run(job: Job, dtype: str) -> list[str]:
             break
         case = {"size": size, "device": job.device, "weight_norm": weight_norm, "autocast": dtype != "float32"}
         try:
-            rows += measure.measure_case(**case, quick=job.is_rehearsal, deadline=job.deadline)
+            found = measure.measure_case(**case, quick=job.is_rehearsal, deadline=job.deadline)
+            rows += found
+            ours = [row for row in found if row["contender"] == contenders.FUSED and "missing" in row]
+            failed += [f"{row['contender']}, {row['size']}, {row['start']}: {row['missing']}" for row in ours]
         except Exception as error:
             failed.append(f"{size}, {measure.STARTS[weight_norm]}: {_in_a_line(error)}")
         results.write(file_name("loss", dtype), job.device, rows, folder=job.results, failed=failed, **settings)

@@ -48,7 +48,7 @@ def unfused(inputs: Inputs) -> Tensor:
 def linear(inputs: Inputs) -> Tensor:
     """Plain DINO by torch's `linear_cross_entropy`, in chunks; it takes the sum of the targets of each row, (rows, K).
 
-    RuntimeError where this torch does not have it, UserWarning where it holds every logit for targets like these.
+    RuntimeError where this torch does not have it, or would hold every logit because the targets are probabilities.
     """
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         raise RuntimeError("this torch does not have it")
@@ -62,15 +62,14 @@ def linear(inputs: Inputs) -> Tensor:
             targets = torch.cat([second, first, *[first + second] * (size.ncrops - 2)])
     del center, teacher
     dtype = autocast_dtype(w.device) or w.dtype
+    operands = [x.to(dtype) for x in (inputs.y / STUDENT_TEMPERATURE, w, targets)]
+    options = torch.nn.LinearCrossEntropyOptions()
     with without_autocast(w.device), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        total = torch.nn.functional.linear_cross_entropy(
-            (inputs.y / STUDENT_TEMPERATURE).to(dtype),
-            w.to(dtype),
-            targets.to(dtype),
-            reduction="sum",
-            options=torch.nn.LinearCrossEntropyOptions(),
-        )
+        warnings.simplefilter("error")  # that the options are ignored
+        try:
+            total = torch.nn.functional.linear_cross_entropy(*operands, reduction="sum", options=options)
+        except UserWarning:
+            raise RuntimeError("this torch does it in chunks for class indices only") from None
     return total / (size.images * (2 * size.ncrops - 2 if size.ncrops else 1))
 
 
