@@ -16,7 +16,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast coverage lint format docs clean
+.PHONY: help install demo test test-fast gpu coverage lint format docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(INSTALLED) ## run all tests
 
 test-fast: $(INSTALLED) ## run the tests that take less than ten seconds each
 	@$(BIN)/python -m pytest $(SHARED) -m "not slow"
+
+gpu: $(INSTALLED) ## test and measure on a GPU, ten minutes at most: results, figures and tables of the documentation
+	@$(BIN)/python -m benchmarks gpu
 
 coverage: $(INSTALLED) ## run the tests of the library, and list the lines of src/ that none of them reaches
 	@$(BIN)/coverage erase

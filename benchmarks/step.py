@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.loss.memory import peak
-from benchmarks.timing import interleaved_medians
+from benchmarks.step_costs import PLAIN, costs, table
 from config.recipe import Recipe, load_recipe
 from methods.registry import build_method
 from training.ema import ema_update
 from training.optimization import parameter_groups
 
-PLAIN = "DINO"
 CONTENDERS: dict[str, dict[str, Any]] = {
     PLAIN: {"normalization": "none", "centering": "logit", "fused_loss": False},
     "DINO-vMF": {"normalization": "vmf", "centering": "probability", "fused_loss": False},
@@ -65,22 +63,12 @@ def step(*, device: str = "cpu", threads: int = 2, rounds: int = 7, quick: bool 
 def measure(size: Size, device: str, rounds: int) -> list[dict[str, Any]]:
     """One row per contender: seconds and peak bytes, also as ratios to plain DINO."""
     steps = {name: TrainingStep(recipe(size, options), size.batch, device) for name, options in CONTENDERS.items()}
-    seconds = interleaved_medians(dict(steps), rounds=rounds, device=device)
-    peaks = {name: peak(call, device) for name, call in steps.items()}
+    rows = costs(dict(steps), size.name, size.batch, device, rounds)
     del steps
-    rows = []
-    for name in CONTENDERS:
-        row = {
-            "size": size.name,
-            "batch": size.batch,
-            "contender": name,
-            "seconds": seconds[name],
-            "bytes": peaks[name],
-        }
-        row |= {"time": seconds[name] / seconds[PLAIN], "memory": peaks[name] / peaks[PLAIN]}
-        if device == "cuda":
-            row["largest_batch"] = largest_batch(lambda batch, name=name: fits(size, CONTENDERS[name], batch))
-        rows.append(row)
+    if device == "cuda":
+        for row in rows:
+            options = CONTENDERS[row["contender"]]
+            row["largest_batch"] = largest_batch(lambda batch, options=options: fits(size, options, batch))
     return rows
 
 
@@ -135,16 +123,3 @@ def fits(size: Size, options: dict[str, Any], batch: int) -> bool:
     finally:
         torch.cuda.empty_cache()
     return True
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of one size as Markdown."""
-    batch = " | largest batch" if "largest_batch" in rows[0] else ""
-    lines = [f"| {rows[0]['size']}, {rows[0]['batch']} images | time | peak memory{batch} |"]
-    lines.append("|---" * (3 + bool(batch)) + "|")
-    for row in rows:
-        cells = [row["contender"], f"{row['time']:.2f} ({row['seconds']:.2f} s)"]
-        cells += [f"{row['memory']:.2f} ({row['bytes'] / 2**20:.0f} MiB)"]
-        cells += [str(row["largest_batch"])] if batch else []
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from benchmarks.loss import attention, contenders, measure, memory, peers, report
+from benchmarks.loss import attention, chunked, contenders, measure, memory, peers, report
 from benchmarks.loss.inputs import STUDENT_TEMPERATURE, Inputs, Size
 from benchmarks.loss.work import work
 
@@ -13,6 +13,7 @@ from test_cross_entropy import Products
 from vmf_heads import cross_entropy
 
 SIZES = [Size("crops", 4, 3, 37, 5), Size("patches", 0, 7, 37, 5)]
+ATTENDED = [Size("crops", 4, 3, 40, 16), Size("patches", 0, 7, 40, 16)]  # what attention kernels of a GPU take
 
 
 def step(
@@ -34,10 +35,28 @@ def test_fused_and_unfused_agree(size: Size, weight_norm: bool) -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on purpose: the CPU is for testing
 @pytest.mark.parametrize("kernel", [attention.flex, attention.sdpa])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+@pytest.mark.parametrize("size", ATTENDED, ids=lambda size: size.name)
 def test_attention_gives_the_loss_and_its_gradients(size: Size, device: str, kernel: attention.Attention) -> None:
+    """On a GPU to the precision of its kernels' products."""
     by_attention = partial(attention.by_attention, attention=kernel)
     got, want = (step(call, size, weight_norm=False, device=device) for call in (by_attention, contenders.unfused))
+    torch.testing.assert_close(got, want, **({"rtol": 1e-3, "atol": 1e-4} if device == "cuda" else {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+def test_chunks_give_the_loss_and_its_gradients(size: Size, device: str) -> None:
+    by_chunks = partial(chunked.by_chunks, chunk_rows=3, compiled=device == "cuda")
+    got, want = (step(call, size, weight_norm=True, device=device) for call in (by_chunks, contenders.unfused))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+def test_linear_cross_entropy_is_plain_dino(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the reference inside torch, because not every version takes probabilities in chunks."""
+    monkeypatch.setattr(torch.nn, "LinearCrossEntropyOptions", lambda: None)
+    got, want = (step(call, size, weight_norm=True) for call in (contenders.linear, contenders.plain))
     torch.testing.assert_close(got, want)
 
 
@@ -95,6 +114,34 @@ def test_a_brief_size_has_one_table() -> None:
     names = [line.split(" | ")[0].removeprefix("| ") for line in tables.splitlines() if line.startswith("| ")]
     assert tables.startswith(f"**{size}**, from the head's parameters\n")
     assert names[2:] == [contenders.PLAIN, contenders.FUSED, contenders.PRODUCTS]
+
+
+def test_a_contender_that_raises_is_reported_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(inputs: Inputs) -> torch.Tensor:
+        raise RuntimeError  # without a message, as some do
+
+    found = {contenders.PLAIN: contenders.plain, contenders.FUSED: contenders.fused, "broken": broken}
+    monkeypatch.setattr(measure, "_contenders", lambda inputs: (found, {}))
+    monkeypatch.setattr(measure, "peak", lambda call, device: 2**20)  # a profiler, which takes a second
+    rows = measure.measure_case(SIZES[0], "cpu", weight_norm=True, autocast=False, quick=True)
+    assert {row["contender"]: row.get("missing") for row in rows} == {
+        contenders.PLAIN: None,
+        contenders.FUSED: None,
+        contenders.PRODUCTS: None,
+        "broken": "failed (RuntimeError: )",
+    }
+    rows = measure.measure_case(SIZES[0], "cpu", weight_norm=True, autocast=False, quick=True, deadline=0)
+    assert [row["contender"] for row in rows if row.get("missing") == "no time was left"] == ["broken"]
+
+
+def test_a_budget_is_that_of_the_chunks_that_the_loss_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = set()
+    monkeypatch.setattr(contenders, "fused", lambda inputs, chunk_rows: made.add(chunk_rows) or inputs.y.sum())
+    monkeypatch.setattr(measure, "peak", lambda call, device: 2**20)
+    size = Size("crops", 6, 8, 2**14, 2)
+    rows = measure.measure_chunks(size, "cpu", (1, 2), autocast=False, quick=True)
+    assert [(row["mebibytes"], row["chunk_rows"]) for row in rows] == [(1, 16), (2, 32)]
+    assert made == {16, 32}
 
 
 def test_the_work_is_that_of_the_operations() -> None:

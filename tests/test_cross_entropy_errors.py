@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cross_entropy_problems import gradients, problem, reference
+from devices import DEVICES
 from vmf_heads import prototype_cross_entropy
 from vmf_heads._unit_rows import unit_rows
 from vmf_heads.cross_entropy import dino_pairs
@@ -198,7 +199,7 @@ def test_a_scale_that_was_forgotten_is_found_in_few_rows(rows: int) -> None:
     torch.func.vmap(lambda rows: (unit_rows("x", rows), rows)[1])(x[None])
 
 
-@pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a GPU: only there does looking make the host wait")
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU: only there does looking make the host wait")
 def test_on_a_gpu_only_the_first_call_looks() -> None:
     x = torch.nn.functional.normalize(torch.randn(50, 7, device="cuda"), dim=1)
     unit_rows("of this test", x)

@@ -71,7 +71,7 @@ class _ByAttention(Function):
         b = b.detach()  # the tracer of flex_attention looks for the gradients of what its bias reads
         tau, teacher_w = STUDENT_TEMPERATURE, inputs.teacher_prototypes()
         q, teacher_q = y / tau, inputs.teacher_y / TEACHER_TEMPERATURE
-        teacher_rows, weights = _pairs(inputs)
+        teacher_rows, weights = pairs(inputs)
         row_weight, target_weight = weights.sum(dim=1), y.new_zeros(len(teacher_q))
         target_features = torch.zeros_like(teacher_q)
         for m in range(teacher_rows.shape[1]):
@@ -100,7 +100,7 @@ class _ByAttention(Function):
         return *(grad * gradient for gradient in ctx.saved_tensors), None, None, None
 
 
-def _pairs(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def pairs(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Teacher rows and weights (Ns, M) as `fused` has them; where there is none the teacher row is 0, of weight 0."""
     size, device = inputs.size, inputs.y.device
     if not size.ncrops:

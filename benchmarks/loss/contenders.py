@@ -1,5 +1,6 @@
 """The losses that are compared: each maps `Inputs` to a loss to call backward on."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from benchmarks.loss.inputs import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, Inputs
 from vmf_heads import prototype_cross_entropy
 from vmf_heads._logits import LogitsMemory, chunks_of
-from vmf_heads._matmul import autocast_dtype, mm_float32
+from vmf_heads._matmul import autocast_dtype, mm_float32, without_autocast
 from vmf_heads._memory import rows_per_chunk
 from vmf_heads.cross_entropy import dino_pairs
 
@@ -17,6 +18,8 @@ Contender = Callable[[Inputs], Tensor]
 PLAIN, COMPILED, PRODUCTS = "plain DINO", "plain DINO, compiled", "the matrix products alone"
 FUSED, UNFUSED = "vMF, fused", "vMF, unfused"
 FLEX, SDPA = "vMF, flex_attention", "vMF, SDPA"
+CHUNKED, CHUNKED_COMPILED = "vMF, chunks, eager epilogues", "vMF, chunks, compiled epilogues"
+LINEAR = "plain DINO, linear_cross_entropy"
 
 
 def plain(inputs: Inputs) -> Tensor:
@@ -42,7 +45,35 @@ def unfused(inputs: Inputs) -> Tensor:
     return _pairs(student, targets, inputs.size.ncrops)
 
 
-def fused(inputs: Inputs, *, normalizer: str = "vmf") -> Tensor:
+def linear(inputs: Inputs) -> Tensor:
+    """Plain DINO by torch's `linear_cross_entropy`, in chunks; it takes the sum of the targets of each row, (rows, K).
+
+    RuntimeError where this torch does not have it, or would hold every logit because the targets are probabilities.
+    """
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        raise RuntimeError("this torch does not have it")
+    size, w = inputs.size, inputs.prototypes()
+    with torch.no_grad():
+        teacher = inputs.teacher_y @ inputs.teacher_prototypes().T
+        targets = torch.softmax((teacher - inputs.center) / TEACHER_TEMPERATURE, dim=-1)
+        center = inputs.center * 0.9 + teacher.mean(dim=0, keepdim=True) * 0.1
+        if size.ncrops:
+            first, second = targets.chunk(2)
+            targets = torch.cat([second, first, *[first + second] * (size.ncrops - 2)])
+    del center, teacher
+    dtype = autocast_dtype(w.device) or w.dtype
+    operands = [x.to(dtype) for x in (inputs.y / STUDENT_TEMPERATURE, w, targets)]
+    options = torch.nn.LinearCrossEntropyOptions()
+    with without_autocast(w.device), warnings.catch_warnings():
+        warnings.simplefilter("error")  # that the options are ignored
+        try:
+            total = torch.nn.functional.linear_cross_entropy(*operands, reduction="sum", options=options)
+        except UserWarning:
+            raise RuntimeError("this torch does it in chunks for class indices only") from None
+    return total / (size.images * (2 * size.ncrops - 2 if size.ncrops else 1))
+
+
+def fused(inputs: Inputs, *, normalizer: str = "vmf", chunk_rows: int | None = None) -> Tensor:
     """DINO-vMF by `prototype_cross_entropy`, from directions and scales where the start is a head's parameters."""
     size = inputs.size
     teacher_rows, weights = (
@@ -57,6 +88,7 @@ def fused(inputs: Inputs, *, normalizer: str = "vmf") -> Tensor:
         log_center=inputs.center[0],
         teacher_rows=teacher_rows,
         weights=weights,
+        batch_chunk_size=chunk_rows,
     )
     return loss if size.ncrops else loss / size.images
 

@@ -1,6 +1,7 @@
 """docs/images/loss_*.svg: extra memory against batch size, and what the plain and the fused loss store."""
 
 from pathlib import Path
+from typing import Any
 
 from benchmarks import results
 from benchmarks.loss import contenders
@@ -11,20 +12,25 @@ STYLES = {contenders.PLAIN: ("#D55E00", "s"), contenders.FUSED: ("#0072B2", "o")
 
 def draw() -> None:
     """Write both figures; the first from the newest CPU results."""
+    prepare(IMAGES)
+    memory(results.latest("loss")["growth"], IMAGES / "loss_memory.svg")
+    _storage()
+
+
+def prepare(images: Path) -> None:
+    """Make the folder `images`, and matplotlib draw the same file on every machine."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    matplotlib.rcParams["svg.hashsalt"] = "vmf_heads"  # the same file on every machine
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    _memory()
-    _storage()
+    matplotlib.rcParams["svg.hashsalt"] = "vmf_heads"
+    images.mkdir(parents=True, exist_ok=True)
 
 
-def _memory() -> None:
+def memory(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw what `measure.memory_by_batch` found."""
     from matplotlib import pyplot
 
-    rows = results.latest("loss")["growth"]
     figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
     for name, (colour, marker) in STYLES.items():
         own = [row for row in rows if row["contender"] == name]
@@ -32,7 +38,7 @@ def _memory() -> None:
         axes.plot([row["images"] for row in own], mebibytes, marker + "-", color=colour, label=name)
     axes.set(xlabel="images (10 crops each, K = 65 536)", ylabel="extra memory, MiB", ylim=(0, None))
     axes.legend(frameon=False)
-    _save(figure, "loss_memory.svg")
+    save(figure, path)
 
 
 def _storage() -> None:
@@ -63,11 +69,12 @@ def _storage() -> None:
         axes.spines[:].set_visible(False)
     chunks = "each chunk gives P W and Pᵀ Y, which are added up;\nthe next one overwrites it"
     grid[1].text(0.5, 620, chunks, ha="center", va="center", color="0.4")
-    _save(figure, "loss_storage.svg")
+    save(figure, IMAGES / "loss_storage.svg")
 
 
-def _save(figure: object, name: str) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure without the date, and close it."""
     from matplotlib import pyplot
 
-    figure.savefig(IMAGES / name, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

@@ -2,21 +2,25 @@
 
 import contextlib
 import gc
-from collections.abc import Callable
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.loss import attention, contenders, peers
+from benchmarks.loss import attention, chunked, contenders, peers
 from benchmarks.loss.inputs import Inputs, Size
 from benchmarks.loss.memory import peak
 from benchmarks.loss.work import work
+from benchmarks.progress import progress
 from benchmarks.timing import interleaved_medians
 
 BATCHES = {"cpu": (4, 8, 16, 32, 64), "cuda": (16, 32, 64, 128, 256)}
-EAGER = (contenders.PLAIN, contenders.UNFUSED, contenders.FUSED)  # no operation of theirs is hidden in a kernel
+# No operation of theirs is hidden in a kernel.
+EAGER = (contenders.PLAIN, contenders.UNFUSED, contenders.FUSED, contenders.PRODUCTS)
 STARTS = {False: "from the prototypes", True: "from the head's parameters"}
 
 Rows = list[dict[str, Any]]
@@ -27,34 +31,54 @@ def measure(sizes: list[Size], device: str, *, autocast: bool, quick: bool) -> R
     rows: Rows = []
     for size in sizes:
         for weight_norm in STARTS:
-            if size.brief and not weight_norm:
-                continue
-            inputs = Inputs(size, device, weight_norm=weight_norm)
-            calls, missing = _contenders(inputs, autocast=autocast)
-            steps = {name: partial(_step, call, inputs, autocast) for name, call in calls.items()}
-            timed: dict[str, Callable[[], object]] = dict(steps)
-            timed |= {f"{name}, forward": partial(_forward, call, inputs, autocast) for name, call in calls.items()}
-            timed[contenders.PRODUCTS] = partial(_floor, inputs, autocast)
-            seconds = interleaved_medians(
-                timed, rounds=3 if quick else 5 if size.brief else 7, seconds=0.0 if quick else 0.05, device=device
-            )
-            for name, step in steps.items():
-                rows.append(
-                    _labels(size, weight_norm, name)
-                    | {"forward_s": seconds[f"{name}, forward"], "step_s": seconds[name]}
-                    | _memory(step, partial(_forward, calls[name], inputs, autocast), inputs, device)
-                    | (work(step) if name in EAGER else {})
-                )
-            floor = {"step_s": seconds[contenders.PRODUCTS]} | work(timed[contenders.PRODUCTS])
-            rows.append(_labels(size, weight_norm, contenders.PRODUCTS) | floor)
-            rows += [_labels(size, weight_norm, name) | {"missing": why} for name, why in missing.items()]
+            if weight_norm or not size.brief:
+                rows += measure_case(size, device, weight_norm=weight_norm, autocast=autocast, quick=quick)
+    return rows
+
+
+def measure_case(
+    size: Size, device: str, *, weight_norm: bool, autocast: bool, quick: bool, deadline: float = math.inf
+) -> Rows:
+    """One row per contender at one size from one start.
+
+    A contender that raises gets a row that says so. So does one whose turn to be tried comes after `deadline`, in
+    seconds of time.monotonic(); plain and fused loss and the products are tried in any case.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # it gives up, without a word, on a function that it has compiled eight times
+    inputs = Inputs(size, device, weight_norm=weight_norm)
+    calls, missing = _contenders(inputs)
+    steps: dict[str, Callable[[], object]] = {
+        name: partial(_step, call, inputs, autocast) for name, call in calls.items()
+    }
+    steps[contenders.PRODUCTS] = partial(_floor, inputs, autocast)
+    for name in list(steps):
+        late = name not in (contenders.PLAIN, contenders.FUSED, contenders.PRODUCTS) and time.monotonic() > deadline
+        why = "no time was left" if late else _failure(steps[name], device)
+        if why is not None:
+            missing[name] = why
+            del steps[name]
+    forwards = {name: partial(_forward, calls[name], inputs, autocast) for name in steps if name in calls}
+    seconds = interleaved_medians(
+        steps | {f"{name}, forward": call for name, call in forwards.items()},
+        rounds=3 if quick else 5 if size.brief else 7,
+        seconds=0.0 if quick else 0.05,
+        device=device,
+    )
+    rows: Rows = []
+    for name, step in steps.items():
+        row = _labels(size, weight_norm, name) | {"step_s": seconds[name]}
+        if name in forwards:
+            row |= {"forward_s": seconds[f"{name}, forward"]} | _memory(step, forwards[name], inputs, device)
+        rows.append(row | (work(step) if name in EAGER else {}))
+    rows += [_labels(size, weight_norm, name) | {"missing": why} for name, why in missing.items()]
     return [{key: _short(value) for key, value in row.items()} for row in rows]
 
 
 def memory_by_batch(device: str, *, autocast: bool) -> Rows:
     """Extra memory of 10 crops and K = 65 536 against the number of images, from the head's parameters."""
     rows: Rows = []
-    for images in tqdm(BATCHES[device], desc="memory by batch"):
+    for images in progress(BATCHES[device], desc="memory by batch"):
         size = Size("", 10, images, 65536)
         inputs = Inputs(size, device, weight_norm=True)
         for name, call in {contenders.PLAIN: contenders.plain, contenders.FUSED: contenders.fused}.items():
@@ -64,7 +88,29 @@ def memory_by_batch(device: str, *, autocast: bool) -> Rows:
     return rows
 
 
-def _contenders(inputs: Inputs, *, autocast: bool) -> tuple[dict[str, contenders.Contender], dict[str, str]]:
+def measure_chunks(size: Size, device: str, mebibytes: Iterable[int], *, autocast: bool, quick: bool) -> Rows:
+    """Time and memory of the fused loss from the head's parameters, for chunks of so many MiB of logits in float32."""
+    inputs = Inputs(size, device, weight_norm=True)
+    calls = {
+        budget: partial(contenders.fused, chunk_rows=max(1, budget * 2**20 // (4 * size.prototypes)))
+        for budget in mebibytes
+    }
+    steps = {budget: partial(_step, call, inputs, autocast) for budget, call in calls.items()}
+    seconds = interleaved_medians(
+        {str(budget): step for budget, step in steps.items()},
+        rounds=3 if quick else 7,
+        seconds=0.0 if quick else 0.05,
+        device=device,
+    )
+    rows = []
+    for budget, call in calls.items():
+        memory = _memory(steps[budget], partial(_forward, call, inputs, autocast), inputs, device)
+        row = {"size": str(size), "mebibytes": budget, "chunk_rows": call.keywords["chunk_rows"]}
+        rows.append(row | {"step_s": _short(seconds[str(budget)]), "extra_bytes": memory["extra_bytes"]})
+    return rows
+
+
+def _contenders(inputs: Inputs) -> tuple[dict[str, contenders.Contender], dict[str, str]]:
     """(losses by name, why the others are missing by name)."""
     calls: dict[str, contenders.Contender] = {contenders.PLAIN: contenders.plain}
     missing: dict[str, str] = {}
@@ -74,20 +120,34 @@ def _contenders(inputs: Inputs, *, autocast: bool) -> tuple[dict[str, contenders
         contenders.COMPILED: torch.compile(contenders.plain, dynamic=False),
         contenders.UNFUSED: contenders.unfused,
         contenders.FUSED: contenders.fused,
+        contenders.LINEAR: contenders.linear,
     }
     if inputs.y.is_cuda:
-        calls[contenders.FLEX] = partial(attention.by_attention, attention=attention.flex)
+        calls[contenders.CHUNKED] = chunked.by_chunks
+        calls[contenders.CHUNKED_COMPILED] = partial(chunked.by_chunks, compiled=True)
         calls[contenders.SDPA] = partial(attention.by_attention, attention=attention.sdpa)
+        calls[contenders.FLEX] = partial(attention.by_attention, attention=attention.flex)
     if not inputs.weight_norm:
         found, missing = peers.available(inputs.size)
         calls |= found
-    for name in set(calls) - {contenders.PLAIN, contenders.FUSED}:
-        try:
-            _step(calls[name], inputs, autocast)
-        except Exception as error:  # a kernel that does not take this size, a compiler that is not there, no memory
-            missing[name] = f"failed ({type(error).__name__}: {str(error).splitlines()[0]})"
-            del calls[name]
     return calls, missing
+
+
+def _failure(call: Callable[[], object], device: str) -> str | None:
+    """What `call` raises, in a line: a kernel that does not take this size, a compiler that is not there, no memory."""
+    why = None
+    try:
+        call()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+    except Exception as error:
+        why = f"failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    if why is not None:
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()  # raises again where the GPU itself is out of order: nothing can follow then
+    return why
 
 
 def _memory(step: Callable[[], object], forward: Callable[[], object], inputs: Inputs, device: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def available(size: Size) -> tuple[dict[str, Contender], dict[str, str]]:
             continue
         try:
             found[name] = make(size)
-        except (ImportError, RuntimeError) as error:  # torchvision beside another torch is a RuntimeError
+        except Exception as error:  # torchvision beside another torch is a RuntimeError; others raise what they like
             missing[name] = f"not importable here ({error})"
     return found, missing
 

@@ -62,7 +62,8 @@ def ratio_table(rows: Rows) -> str:
 def lost(rows: Rows) -> str:
     """How often another loss was faster than the fused one, and which was the fastest there, in words."""
     cases = [[row for row in own if "step_s" in row] for own in _cases(rows)]
-    cases = [own for own in cases if any(row["contender"] == contenders.COMPILED for row in own)]  # not the brief ones
+    needed = {contenders.COMPILED, contenders.FUSED}  # the brief cases lack the former
+    cases = [own for own in cases if needed <= {row["contender"] for row in own}]
     sentences = []
     for own in cases:
         others = [row for row in own if row["contender"] not in (contenders.FUSED, contenders.PRODUCTS)]
@@ -104,14 +105,15 @@ def _fused_rows(rows: Rows) -> Iterator[tuple[str, dict[str, Any], dict[str, Any
         yield size, own[contenders.FUSED], own[contenders.PLAIN], own[contenders.PRODUCTS]
 
 
-def size_tables(rows: Rows) -> str:
-    """One table per size and start that was measured."""
-    return "\n\n".join(f"**{own[0]['size']}**, {own[0]['start']}\n\n{_table(own)}" for own in _cases(rows))
+def size_tables(rows: Rows, *, digits: int = 0) -> str:
+    """One table per size and start that was measured, with so many digits of a millisecond."""
+    return "\n\n".join(f"**{own[0]['size']}**, {own[0]['start']}\n\n{_table(own, digits)}" for own in _cases(rows))
 
 
-def _table(rows: Rows) -> str:
-    plain = next(row for row in rows if row["contender"] == contenders.PLAIN)
-    floor = next(row for row in rows if row["contender"] == contenders.PRODUCTS)
+def _table(rows: Rows, digits: int) -> str:
+    plain, floor = (
+        next((row for row in rows if row["contender"] == name), {}) for name in (contenders.PLAIN, contenders.PRODUCTS)
+    )
     lines = [
         "| | forward, ms | and backward, ms | to plain | to the products | extra memory, MiB | to plain |",
         "|" + " --- |" * 7,
@@ -119,11 +121,15 @@ def _table(rows: Rows) -> str:
     for row in rows:
         if "missing" in row:
             continue
-        forward = f"{1e3 * row['forward_s']:.0f}" if "forward_s" in row else ""
-        ratios = f"{row['step_s'] / plain['step_s']:.2f} | {row['step_s'] / floor['step_s']:.2f}"
-        memory = " | "
-        if "extra_bytes" in row:
-            memory = f"{row['extra_bytes'] / 2**20:.0f} | {row['extra_bytes'] / plain['extra_bytes']:.2f}"
-        lines.append(f"| {row['contender']} | {forward} | {1e3 * row['step_s']:.0f} | {ratios} | {memory} |")
+        forward = f"{1e3 * row['forward_s']:.{digits}f}" if "forward_s" in row else ""
+        ratios = " | ".join(_ratio(row, other, "step_s") for other in (plain, floor))
+        memory = f"{row['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in row else ""
+        memory += f" | {_ratio(row, plain, 'extra_bytes')}"
+        lines.append(f"| {row['contender']} | {forward} | {1e3 * row['step_s']:.{digits}f} | {ratios} | {memory} |")
     absent = [f"{row['contender']}: {row['missing']}" for row in rows if "missing" in row]
     return "\n".join(lines) + (f"\n\nNot measured: {'; '.join(absent)}." if absent else "")
+
+
+def _ratio(row: dict[str, Any], other: dict[str, Any], key: str) -> str:
+    """Nothing where either was not measured."""
+    return f"{row[key] / other[key]:.2f}" if key in row and key in other else ""

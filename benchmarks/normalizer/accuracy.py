@@ -1,13 +1,14 @@
 """Errors of every method at every point of tests/data/normalizer_truth.csv, in eps of the dtype."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from benchmarks.normalizer.peers import available, mpmath_besseli
 from benchmarks.normalizer.truth import Exact, Truth, load_truth
+from benchmarks.progress import progress
 from vmf_heads import log_vmf_normalizer, vmf_mean_resultant
 
 OURS, OURS_COMPILED = "vmf_heads", "vmf_heads, compiled"
@@ -21,7 +22,7 @@ def measure(device: str, *, quick: bool) -> list[dict[str, Any]]:
     """One row per method, dtype and p; what the columns hold is said in `_score` and `_training_score`."""
     table = {p: truth for p, truth in load_truth().items() if not quick or p in QUICK}
     rows = []
-    for p, truth in tqdm(table.items(), desc="accuracy"):
+    for p, truth in progress(table.items(), desc="accuracy"):
         for name, dtype in DTYPES.items():
             kappa = truth.kappa.astype(name)
             rows.append(_row(OURS, truth, *_ours(kappa, dtype, p, device, compiled=False)))
@@ -34,6 +35,17 @@ def measure(device: str, *, quick: bool) -> list[dict[str, Any]]:
             few = np.flatnonzero((truth.kappa >= 1e-8) & (truth.kappa <= 1e5))
             subset = _subset(truth, few)
             rows.append(_row("mpmath.besseli", subset, *relative(subset, *mpmath_besseli(subset.kappa, p)), None))
+    return rows
+
+
+def measure_ours(device: str, dimensions: Iterable[int] | None = None, *, compiled: bool) -> list[dict[str, Any]]:
+    """The rows of `measure` that are ours, at these dimensions or at all: of plain operations or of kernels."""
+    method, table = OURS_COMPILED if compiled else OURS, load_truth()
+    rows = []
+    for p in table if dimensions is None else dimensions:
+        for name, dtype in DTYPES.items():
+            scored = _ours(table[p].kappa.astype(name), dtype, p, device, compiled=compiled)
+            rows.append(_row(method, table[p], *scored))
     return rows
 
 
