@@ -21,6 +21,7 @@ from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.ood import ood
 from benchmarks.photos import photos
+from benchmarks.probes import probes
 from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
 from benchmarks.small_recipes import small_recipes
@@ -38,6 +39,7 @@ COMMANDS = {
     "fashion-folder": fashion_folder,
     "small-recipes": small_recipes,
     "photos": photos,
+    "probes": probes,
     "evidence": evidence,
     "concentration": concentration,
     "mixture-fit": mixture_fit,
