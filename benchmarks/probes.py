@@ -72,7 +72,6 @@ def probes(
 def measure(request: Request, corrupted: Path) -> Iterator[tuple[str, float]]:
     """Every number of the protocols by PROTOCOL METRIC."""
     options: dict[str, Any] = {
-        "linear": None,
         "clustering": ClusteringOptions(clusters=(MANY,)),
         "robustness": RobustnessOptions(sets=(f"C={corrupted}",)),
     }
@@ -113,7 +112,7 @@ def rendered(page: str) -> str:
 
 
 def _attentive(result: dict[str, Any]) -> str:
-    columns = {"linear probe on [CLS], %": "linear top1", "attentive probe on the patches, %": "attentive top1"}
+    columns = {"linear probe on [CLS], %": "robustness top1", "attentive probe on the patches, %": "attentive top1"}
     return _table(result, columns)
 
 

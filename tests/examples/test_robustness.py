@@ -81,6 +81,9 @@ def test_a_set_of_some_classes_is_answered_among_them(here):
     assert (found["top1@A"].options["classes"], found["top1@A"].options["n"]) == (2, len(sets["a"].labels))
     assert found["top1@all"].options["clean"] == found["top1"].value
     assert asked == [("a", "train", False), ("all", "train", False)]  # folders without splits
+    _, among_all = robustness(evaluation(sets), RobustnessOptions(sets=("A=a",), all_classes=True))
+    assert among_all.value == pytest.approx(by_loops(sets["a"], CLASSES)) < found["top1@A"].value
+    assert among_all.options["clean"] == pytest.approx(by_loops(clean, CLASSES))
 
 
 def test_the_probe_is_chosen_as_in_the_linear_protocol(here, monkeypatch):
@@ -202,6 +205,8 @@ def test_what_it_needs(here):
     pets = {"pets": SPLITS["val"]._replace(classes=["cat", "dog", "n01", "n02"])}
     with pytest.raises(ValueError, match=r"`sets` \(=P=pets\) must be of the same classes; 2 of 4 classes are none of"):
         list(robustness(evaluation(pets), RobustnessOptions(sets=("P=pets",))))
+    with pytest.raises(ValueError, match="must have two classes or more, or take `all_classes`: among one no answer"):
+        list(robustness(evaluation({"pets": some_classes(5, ["n10"])}), RobustnessOptions(sets=("pets",))))
     for options, message in [
         ({"lrs": ()}, r"`lrs` \(=\(\)\) must be positive numbers, at least one"),
         ({"epochs": 0}, r"`epochs` \(=0\) must be at least 1"),

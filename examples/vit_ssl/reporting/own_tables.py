@@ -116,8 +116,8 @@ def _clusters(rows: Sequence[Row]) -> list[OwnTable]:
     last, place = _last(rows)
     lines = [["", "clusters", "NMI, %", "ARI, %"]]
     for features, metric in last:
-        if metric.startswith("nmi_"):
-            kind = metric.removeprefix("nmi_")
+        kind = metric.removeprefix("nmi_")
+        if kind != metric and (features, f"ari_{kind}") in last:
             what = "its prototypes" if kind == "prototypes" else "k-means"
             pair = [last[features, f"{measure}_{kind}"] for measure in ("nmi", "ari")]
             cells = [_value(row) + (f" ± {100 * row['sd']:.1f}" if "sd" in row else "") for row in pair]
@@ -131,14 +131,14 @@ def _robustness(rows: Sequence[Row]) -> list[OwnTable]:
     lines = [["", "classes", *(f"{MODELS[features]}, %" for features in models), "same classes, clean"]]
     for metric in dict.fromkeys(metric for _, metric in last):
         of_models = [last.get((features, metric)) for features in models]
-        about = next(row for row in reversed(of_models) if row)
+        classes = next(row for row in of_models if row).get("classes", "")
+        clean = last.get(("teacher", metric), {}).get("clean")
         measure, _, name = metric.partition("@")
         name = name.replace("/", ", ") or "the evaluated images"
         name += " (mean corruption error; AlexNet: 100)" if measure == "mce" else ""
         show = _value if measure == "mce" else _cell
-        clean = about.get("clean")
         cells = [show(row) if row else "–" for row in of_models]
-        lines.append([name, str(about.get("classes", "")), *cells, "" if clean is None else f"{100 * clean:.1f}"])
+        lines.append([name, str(classes), *cells, "" if clean is None else f"{100 * clean:.1f}"])
     return [OwnTable(f"Robustness, {place}", lines, [ROBUSTNESS_NOTE])] if rows else []
 
 

@@ -37,6 +37,9 @@ class RobustnessOptions:
     sets: tuple[str, ...] = ()
     """Test sets, for instance --sets V2=imagenetv2-matched-frequency-format-val A=imagenet-a R=imagenet-r
     C=ImageNet-C. Of sets with splits --split is taken."""
+    all_classes: bool = False
+    """Answer with any class of the data also where a set has some of them alone. Without it the answer is one of the
+    set's classes, as the authors of ImageNet-A and -R have it."""
     classifier: Literal["auto", "logistic", "sgd"] = "auto"
     """The probe on [CLS], as in the protocol linear: logistic, with C chosen on val; sgd, with the learning rate chosen
     on val; auto takes logistic for fewer than 50 000 train images."""
@@ -86,7 +89,7 @@ def robustness(evaluation: Evaluation, options: RobustnessOptions = RobustnessOp
 
     Raises:
         NotApplicable: no set is named, or there are no images.
-        ValueError: a set has a class that is none of the data's.
+        ValueError: a set has a class that is none of the data's, or one class alone.
         FileNotFoundError: there is no such set.
     """
     found = parse_out_sets({"sets": options.sets})
@@ -104,9 +107,14 @@ def robustness(evaluation: Evaluation, options: RobustnessOptions = RobustnessOp
             raise ValueError(
                 f"`sets` (={one.name}={one.data or one.dataset}) must be of the same classes; {error}"
             ) from None
-        same = np.isin(clean.labels, numbers)
-        on_clean = _right(clean_scores[same], clean.labels[same], numbers) if same.any() else None
-        on_set = _right(scores(features.x), numbers[features.labels], numbers)
+        if len(numbers) == 1 and not options.all_classes:
+            given = f"`sets` (={one.name}={one.data or one.dataset})"
+            raise ValueError(
+                f"{given} must have two classes or more, or take `all_classes`: among one no answer is wrong"
+            )
+        among, same = np.arange(len(classes)) if options.all_classes else numbers, np.isin(clean.labels, numbers)
+        on_clean = _right(clean_scores[same], clean.labels[same], among) if same.any() else None
+        on_set = _right(scores(features.x), numbers[features.labels], among)
         return Result(on_set, len(features.labels), len(numbers), on_clean)
 
     yield Metric("top1", _right(clean_scores, clean.labels, np.arange(len(classes))), notes)
