@@ -117,13 +117,17 @@ def _attentive(result: dict[str, Any]) -> str:
 
 
 def _clusters(result: dict[str, Any]) -> str:
-    kinds = {"": "kmeans", f", {MANY} clusters": f"kmeans@{MANY}", ", prototypes": "prototypes"}
-    columns = {
-        f"{measure.upper()}{title}": f"clustering {measure}_{kind}"
-        for title, kind in kinds.items()
-        for measure in ("nmi", "ari")
+    kinds = {
+        "14 clusters": "kmeans",
+        f"{MANY} clusters": f"kmeans@{MANY}",
+        "prototypes": "prototypes",
+        "as many clusters": "kmeans@prototypes",
     }
-    return _table(result, columns | {"prototypes in use": "prototypes"})
+    columns = {}
+    for title, kind in kinds.items():
+        columns |= {"prototypes in use": "prototypes"} if kind == "prototypes" else {}
+        columns |= {f"{measure.upper()}, {title}": f"clustering {measure}_{kind}" for measure in ("nmi", "ari")}
+    return _table(result, columns)
 
 
 def _robust(result: dict[str, Any]) -> str:
