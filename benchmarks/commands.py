@@ -19,6 +19,7 @@ from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.ood import ood
 from benchmarks.photos import photos
+from benchmarks.probes import probes
 from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
 from benchmarks.small_recipes import small_recipes
@@ -36,6 +37,7 @@ COMMANDS = {
     "fashion-folder": fashion_folder,
     "small-recipes": small_recipes,
     "photos": photos,
+    "probes": probes,
     "evidence": evidence,
     "concentration": concentration,
     "mixture-fit": mixture_fit,

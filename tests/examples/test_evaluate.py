@@ -91,7 +91,7 @@ def test_all_protocols_are_appended_and_printed(run_directory, folder, capsys):
         assert row["date"].endswith("+00:00")
         if row["protocol"] != "prototypes":
             assert (row["split"], row["n"]) == ("test", 21)
-            assert 0 <= row["value"] <= 1
+            assert (-0.5 if row["metric"].startswith("ari") else 0) <= row["value"] <= 1
     by_metric = {row["metric"]: row for row in rows if row["protocol"] == "prototypes"}
     assert (by_metric["used_scores"]["split"], by_metric["used_scores"]["n"]) == ("train", 39)
     assert rows[0]["k"] in (5, 10, 20, 50)
@@ -180,7 +180,7 @@ def test_every_split_is_extracted_once_and_for_all(run_directory, folder, monkey
 def test_only_the_teacher_has_prototypes(run_directory, folder):
     where = request(run_directory, features="random", data=folder)
     rows = evaluate.evaluate_all(where, FEW)
-    assert list(dict.fromkeys(row["protocol"] for row in rows)) == ["knn", "linear", "fewshot"]
+    assert list(dict.fromkeys(row["protocol"] for row in rows)) == ["knn", "linear", "fewshot", "clustering"]
     with pytest.raises(NotApplicable, match="prototypes are in the head, and this checkpoint is a backbone alone"):
         evaluate.evaluate(where, "prototypes")
 
@@ -202,7 +202,7 @@ def test_other_checkpoints_say_where_results_go_and_what_they_are_of(exported, f
     with pytest.raises(NotApplicable, match="give --data DIR, or --dataset NAME"):
         evaluate.evaluate(request(exported, output=tmp_path), "knn")
     rows = evaluate.evaluate_all(request(exported, data=folder, output=tmp_path / "new"), FEW)
-    assert list(dict.fromkeys(row["protocol"] for row in rows)) == ["knn", "linear", "fewshot"]
+    assert list(dict.fromkeys(row["protocol"] for row in rows)) == ["knn", "linear", "fewshot", "clustering"]
     assert written(tmp_path / "new") == rows
     assert (tmp_path / "new/evaluation.md").is_file()
     (row,) = evaluate.evaluate(request(exported, dataset="digits", output=tmp_path / "new"), "knn")
@@ -234,7 +234,7 @@ def test_which_images(own, data, named, expected, trained, tmp_path):
 def test_all_goes_on_where_a_protocol_does_not_apply(run_directory, folder, capsys):
     many = {"fewshot": FewShotOptions(shots=(14,))}
     rows = evaluate.evaluate_all(request(run_directory, data=folder), many)
-    assert list(dict.fromkeys(row["protocol"] for row in rows)) == ["knn", "linear", "prototypes"]
+    assert list(dict.fromkeys(row["protocol"] for row in rows)) == ["knn", "linear", "prototypes", "clustering"]
     assert "fewshot is left out: class 'dark' has 13 train images, but 14-shot" in capsys.readouterr().out
 
 
@@ -281,7 +281,7 @@ def test_command_line(run_directory, folder, capsys):
     (row,) = written(run_directory)
     assert (row["features"], row["split"], list(row["val_top1_by_k"])) == ("pixels", "test", ["3", "7"])
     evaluate.main(["all", *where, "--features", "random", "--knn.ks", "2", "--fewshot.shots", "1"])
-    metrics = [(row["protocol"], row["metric"], row.get("k")) for row in written(run_directory)[1:]]
+    metrics = [(row["protocol"], row["metric"], row.get("k")) for row in written(run_directory)[1:4]]
     assert metrics == [("knn", "top1", 2), ("linear", "top1", None), ("fewshot", "1-shot", None)]
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
@@ -333,3 +333,82 @@ def test_other_images_are_cropped_as_those_of_the_data(run_directory, folder, mo
         assert np.allclose(x, cls_token(backbone, batch).numpy(), atol=1e-5)
     alone = open_evaluation(request(run_directory, data=folder)).features("test").x
     assert not np.allclose(x, alone, atol=1e-3)
+
+
+def section_of(directory, title):
+    evaluate.main(["page", str(directory)])
+    return (directory / "evaluation.md").read_text().partition(f"## {title}")[2].partition("\n## ")[0]
+
+
+def test_clusters_of_a_run_beside_those_of_pixels(run_directory, folder):
+    where = ["--checkpoint", str(run_directory), "--split", "test", "--data", str(folder)]
+    evaluate.main(["clustering", *where, "--seeds", "2"])
+    evaluate.main(["clustering", *where, "--seeds", "1", "--features", "pixels", "--clusters", "5"])
+    rows = {(row["features"], row["metric"]): row for row in written(run_directory)}
+    used = rows["teacher", "nmi_prototypes"]["clusters"]
+    assert rows["teacher", "nmi_kmeans@prototypes"]["clusters"] == used > 1
+    section = section_of(run_directory, "Clusters and classes, test images of images")
+    lines = [line.split(" | ")[:2] for line in section.splitlines() if line.startswith("| ")][2:]
+    assert lines == [
+        ["| raw pixels, k-means", "3"],
+        ["| raw pixels, k-means", "5"],
+        ["| this model, its prototypes", str(used)],
+        ["| this model, k-means", "3"],
+        ["| this model, k-means", str(used)],
+    ]
+    assert f"| {100 * rows['pixels', 'nmi_kmeans@5']['value']:.1f} |" in section
+    assert f" ± {100 * rows['teacher', 'ari_kmeans']['sd']:.1f} |" in section
+
+
+@pytest.mark.parametrize("augment", [(), ("--augment",)])
+def test_an_attentive_probe_from_the_command_line(run_directory, folder, augment):
+    few = ["--epochs", "1", "--lrs", "0.01", "--weight-decays", "0", "0.1", *augment]
+    evaluate.main(["attentive", "--checkpoint", str(run_directory), "--data", str(folder), *few])
+    (row,) = written(run_directory)
+    predicted = np.load(run_directory / "predictions" / "attentive-teacher-val.npy")
+    labels = load_images("folder", "val", data=folder).labels
+    assert (row["value"], row["n"]) == (pytest.approx(np.mean(predicted == labels)), 18)
+    assert row["augmented"] == bool(augment)
+    assert "| attentive probe, % |" in section_of(run_directory, "Accuracy on 18 val images of images")
+
+
+@pytest.fixture(scope="module")
+def shifted(folder, tmp_path_factory):
+    """The test images in the layouts of ImageNet-V2, -A and -C: as they are, of two classes, and with noise."""
+    root, rng = tmp_path_factory.mktemp("shifted"), np.random.default_rng(0)
+    for number, name in enumerate(["dark", "light", "red"]):
+        for path in sorted((folder / "test" / name).iterdir()):
+            places = [f"V2/{number}", *([f"A/{name}"] if name != "dark" else []), f"C/noise/1/{name}"]
+            for place in places:
+                (root / place).mkdir(parents=True, exist_ok=True)
+                (root / place / path.name).symlink_to(path)
+            (root / f"C/noise/2/{name}").mkdir(parents=True, exist_ok=True)
+            noise = np.asarray(Image.open(path)) + rng.normal(0, 200, (20, 24, 3))
+            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(root / f"C/noise/2/{name}" / path.name)
+    return root
+
+
+def test_one_probe_on_every_layout(run_directory, folder, shifted):
+    where = ["--checkpoint", str(run_directory), "--split", "test", "--data", str(folder)]
+    evaluate.main(["robustness", *where, "--sets", *(f"{name}={shifted / name}" for name in ("V2", "A", "C"))])
+    rows = {row["metric"]: row for row in written(run_directory)}
+    clean = rows["top1"]["value"]
+    assert rows["top1@V2"]["value"] == clean
+    assert rows["top1@A"]["value"] == rows["top1@A"]["clean"] > clean  # the same images, one wrong answer less
+    assert (rows["top1@A"]["classes"], rows["top1@A"]["n"]) == (2, 14)
+    severities = rows["top1@C/noise"]["by_severity"]
+    assert severities["1"] == clean != severities["2"]
+    assert rows["top1@C"]["value"] == rows["top1@C/noise"]["value"] == pytest.approx((clean + severities["2"]) / 2)
+    section = section_of(run_directory, "Robustness, test images of images")
+    assert f"| A | 2 | {100 * rows['top1@A']['value']:.1f} ± " in section
+    assert "| C, noise | 3 | " in section
+
+
+def test_corrupted_images_are_not_cropped(run_directory, folder, monkeypatch):
+    monkeypatch.setattr("data.images.WHOLE_BELOW", 0)  # as if the images were large
+    evaluation = open_evaluation(request(run_directory, data=folder))
+    whole = evaluation.features_elsewhere("folder", folder, whole=True)("test").x
+    batch = torch.stack([EvalTransform(16, keep=1.0)(image) for image, _ in load_images("folder", "test", data=folder)])
+    with torch.no_grad():
+        assert np.allclose(whole, cls_token(load_run(run_directory).backbone, batch).numpy(), atol=1e-5)
+    assert not np.allclose(whole, evaluation.features("test").x, atol=1e-3)

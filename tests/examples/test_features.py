@@ -19,10 +19,13 @@ from evaluators.features import feature_cache
 from evaluators.features.encoder import as_encoder
 from evaluators.features.extraction import Chunk, Extraction, encode, features_of
 from evaluators.knn import predict as predict_knn
+from evaluators.linear.attentive_probe import train_attentive_probes
 from evaluators.linear.augmented_epochs import FlippedCrop, augmented_epochs
-from evaluators.linear.sgd_probe import Schedule, train_probes
+from evaluators.linear.sgd_probe import Schedule, stored_epochs, train_probes
 from evaluators.linear.sgd_probe import predict as predict_linear
 from evaluators.ood.scores import fit_scores
+from evaluators.protocol import Evaluation
+from evaluators.prototypes.clustering import ClusteringOptions, clustering
 from gloo import run_on_ranks
 from runtime.distributed import device
 
@@ -73,10 +76,11 @@ def expected_features(folder, split, kind, rows):
         "cls": tokens[-1][:, 0],
         "last4": torch.cat([state[:, 0] for state in tokens], dim=1),  # there are three blocks
         "cls+mean_patch": torch.cat([tokens[-1][:, 0], tokens[-1][:, 1:].mean(dim=1)], dim=1),
+        "patches": torch.cat([tokens[-1][:, number] for number in range(1, 5)], dim=1),
     }[kind].numpy()
 
 
-@pytest.mark.parametrize("kind", ["cls", "last4", "cls+mean_patch"])
+@pytest.mark.parametrize("kind", ["cls", "last4", "cls+mean_patch", "patches"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_unreadable_images_are_left_out_and_named(folder, kind, cached, tmp_path, capsys):
     cache = tmp_path / "features" if cached else None
@@ -293,6 +297,10 @@ def everything(root):
     rows = np.delete(np.arange(20), [9, 11, 19, 18, 17])
     epochs = augmented_epochs(encoder, load_images("folder", "train", data=root), rows, ["cls"], schedule)
     stack = train_probes(epochs, {"cls": 8}, 5, schedule)["cls"]
+    patches = stored_epochs({"patches": plain("train", "patches")}, np.arange(15), schedule)
+    attentive = train_attentive_probes(patches, 3, 8, 5, 2, schedule, (0.1,))
+    evaluation = Evaluation(None, {"train": train, "val": val}.__getitem__, "val", None, None, root)
+    clusters = [metric.value for metric in clustering(evaluation, ClusteringOptions(seeds=3))]
     return {
         "train": torch.from_numpy(np.array(train.x)),
         "labels": torch.from_numpy(train.labels),
@@ -301,6 +309,8 @@ def everything(root):
         "density": torch.from_numpy(fit_scores(train, None, num_components=2)(val.x)["mixture_density"]),
         "weights": torch.stack([layer.weight.detach().cpu() for layer in stack.layers]),
         "linear": torch.from_numpy(predict_linear(stack, val.x, rows=4)),
+        "attentive": torch.stack([probe.classifier.weight.detach().cpu() for probe in attentive.probes]),
+        "clusters": torch.tensor(clusters),
     }
 
 

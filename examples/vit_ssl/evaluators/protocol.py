@@ -24,6 +24,13 @@ class Features(NamedTuple):
     labels: np.ndarray
     classes: list[str]
 
+    def at_most(self, count: int) -> Features:
+        """Return so many of the images, drawn with a fixed seed and in their order; all where there are no more."""
+        if len(self.labels) <= count:
+            return self
+        rows = np.sort(np.random.default_rng(0).choice(len(self.labels), count, replace=False))
+        return Features(self.x[rows], self.labels[rows], self.classes)
+
 
 class Metric(NamedTuple):
     """One number of an evaluation; accuracies lie in [0, 1]. `options` are the settings and notes behind it.
@@ -43,13 +50,14 @@ FeaturesOf: TypeAlias = Callable[..., Features]
 train split.
 
 Kinds: "cls", the [CLS] token (B, D); "last4", the [CLS] tokens of the last four blocks (B, 4 D), as DINO's linear
-protocol has it for ViT-S; "cls+mean_patch", the [CLS] token and the mean patch token (B, 2 D), as it has it for ViT-B.
+protocol has it for ViT-S; "cls+mean_patch", the [CLS] token and the mean patch token (B, 2 D), as it has it for ViT-B;
+"patches", all patch tokens one after the other (B, h*w*D).
 """
 
 
-FeaturesElsewhere: TypeAlias = Callable[[str, Path | None], FeaturesOf]
+FeaturesElsewhere: TypeAlias = Callable[..., FeaturesOf]
 """A call with what `load_images` knows, (dataset, data), returns the features of other images by the same network and
-settings, cropped and resized as those of the evaluated data are."""
+settings. They are cropped and resized as those of the evaluated data are; with `whole=True` they are not cropped."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ from evaluators.few_shot.few_shot import FewShotOptions, fewshot
 from evaluators.finetune.finetune import finetune
 from evaluators.finetune.options import FinetuneOptions, SmallFinetuneOptions
 from evaluators.knn import KNNOptions, knn
+from evaluators.linear.attentive import AttentiveOptions, attentive
 from evaluators.linear.linear import LinearOptions, linear
+from evaluators.linear.robustness import RobustnessOptions, robustness
 from evaluators.ood.ood import OodOptions, ood
 from evaluators.protocol import Evaluator
+from evaluators.prototypes.clustering import ClusteringOptions, clustering
 from evaluators.prototypes.prototypes import PrototypesOptions, prototypes
 from evaluators.retrieval.retrieval import RetrievalOptions, retrieval
 from evaluators.transfer import TransferOptions, transfer
@@ -30,6 +33,7 @@ class Protocol(NamedTuple):
 
 
 LONG = "it trains the whole network"
+TOKENS = "it keeps every patch token, which takes space and time"
 
 # `all` runs them in this order, which nothing else relies on.
 PROTOCOLS: dict[str, Protocol] = {
@@ -43,4 +47,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "fewshot": Protocol(FewShotOptions, fewshot),
     "prototypes": Protocol(PrototypesOptions, prototypes, split="train", features=False),
     "ood": Protocol(OodOptions, ood),
+    "clustering": Protocol(ClusteringOptions, clustering),
+    "robustness": Protocol(RobustnessOptions, robustness),
+    "attentive": Protocol(AttentiveOptions, attentive, features=False, left_out=TOKENS),
 }

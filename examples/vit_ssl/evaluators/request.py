@@ -97,9 +97,9 @@ def open_evaluation(request: Request) -> Evaluation:
         extraction = _extraction(request.extract, chosen, dataset, request.data, encoder.image_size, output)
         features = features_of(extraction)
 
-        def elsewhere(name: str, data: Path | None) -> FeaturesOf:
+        def elsewhere(name: str, data: Path | None, *, whole: bool = False) -> FeaturesOf:
             other = _extraction(request.extract, chosen, name, data, encoder.image_size, output)
-            return features_of(dataclasses.replace(other, keep=extraction.kept))
+            return features_of(dataclasses.replace(other, keep=1.0 if whole else extraction.kept))
 
     # A run's head and centre belong to the weights they were trained with.
     own = run if request.features == "teacher" else None

@@ -17,6 +17,7 @@ WORDS = {
     ("linear", "top1"): "linear probe",
     ("linear", "top1_C"): "linear probe on [CLS]",
     ("linear", "top1_D"): "linear probe as DINO's",
+    ("attentive", "top1"): "attentive probe",
     ("fewshot", "1percent"): "1 % of the labels",
     ("transfer", "top1"): "linear probe, cross-validated",
     ("transfer", "per_class"): "the same, mean over classes",
@@ -29,6 +30,16 @@ OOD_NOTE = (
     "has the higher score: 100 is perfect, 50 is chance. FPR95 is the share of the images of the data that are "
     "rejected when 95 % of the others are: 0 is perfect (both as in OpenOOD). Difficulty is the rank correlation, from "
     "−1 to 1, of the score with whether kNN is right. All scores were fitted to train images alone."
+)
+CLUSTERS_NOTE = (
+    "How well clusters of the train images agree with the classes of the evaluated ones: normalised mutual information "
+    "(NMI) and adjusted Rand index (ARI), 100 where they are the same. NMI rises with the number of clusters, so "
+    "compare lines with equal numbers. ±: the deviation over starts of k-means."
+)
+ROBUSTNESS_NOTE = (
+    "One linear probe, trained once. On a set of some of the classes it chooses among these; the last column is this "
+    "model on the evaluated images of the same classes. A corruption's number is the mean over its severities, and its "
+    "standard error at most what ± says."
 )
 COMPARE = "compare"
 """The protocol of rows that hold a difference between two models."""
@@ -43,8 +54,8 @@ class OwnTable(NamedTuple):
 
 
 def own_tables(rows: Sequence[Row], checkpoint: str) -> list[OwnTable]:
-    """Return a table of accuracies for each data set and split, of the prototypes, and of other data; none without
-    numbers.
+    """Return a table of accuracies for each data set and split, of the prototypes, of clusters, and of other data; none
+    without numbers.
 
     `rows` are those of results.jsonl for this checkpoint; of several for one cell the last counts.
     """
@@ -54,6 +65,8 @@ def own_tables(rows: Sequence[Row], checkpoint: str) -> list[OwnTable]:
         for place in places
     ]
     tables += _prototypes({row["metric"]: row["value"] for row in rows if row["protocol"] == "prototypes"})
+    tables += _clusters([row for row in rows if row["protocol"] == "clustering"])
+    tables += _robustness([row for row in rows if row["protocol"] == "robustness"])
     return tables + _out_of_distribution([row for row in rows if row["protocol"] == "ood"])
 
 
@@ -99,6 +112,47 @@ def _prototypes(counted: Mapping[str, Any]) -> list[OwnTable]:
     return [OwnTable("Prototypes", lines, [])]
 
 
+def _clusters(rows: Sequence[Row]) -> list[OwnTable]:
+    last, place = _last(rows)
+    lines = [["", "clusters", "NMI, %", "ARI, %"]]
+    for features, metric in last:
+        kind = metric.removeprefix("nmi_")
+        if kind != metric and (features, f"ari_{kind}") in last:
+            what = "its prototypes" if kind == "prototypes" else "k-means"
+            pair = [last[features, f"{measure}_{kind}"] for measure in ("nmi", "ari")]
+            cells = [_value(row) + (f" ± {100 * row['sd']:.1f}" if "sd" in row else "") for row in pair]
+            lines.append([f"{MODELS[features]}, {what}", str(pair[0]["clusters"]), *cells])
+    return [OwnTable(f"Clusters and classes, {place}", lines, [CLUSTERS_NOTE])] if rows else []
+
+
+def _robustness(rows: Sequence[Row]) -> list[OwnTable]:
+    last, place = _last(rows)
+    models = list(dict.fromkeys(features for features, _ in last))
+    lines = [["", "classes", *(f"{MODELS[features]}, %" for features in models), "same classes, clean"]]
+    for metric in dict.fromkeys(metric for _, metric in last):
+        of_models = [last.get((features, metric)) for features in models]
+        classes = next(row for row in of_models if row).get("classes", "")
+        clean = last.get(("teacher", metric), {}).get("clean")
+        measure, _, name = metric.partition("@")
+        name = name.replace("/", ", ") or "the evaluated images"
+        name += " (mean corruption error; AlexNet: 100)" if measure == "mce" else ""
+        show = _value if measure == "mce" else _cell
+        cells = [show(row) if row else "–" for row in of_models]
+        lines.append([name, str(classes), *cells, "" if clean is None else f"{100 * clean:.1f}"])
+    return [OwnTable(f"Robustness, {place}", lines, [ROBUSTNESS_NOTE])] if rows else []
+
+
+def _last(rows: Sequence[Row]) -> tuple[dict[tuple[str, str], Row], str]:
+    """Return by model, pixels first, and metric the last row of each on the last row's images, and these in words."""
+    if not rows:
+        return {}, ""
+    data, split = rows[-1].get("data", ""), rows[-1]["split"]
+    here = [row for row in rows if (row.get("data", ""), row["split"]) == (data, split)]
+    here.sort(key=lambda row: list(MODELS).index(row.get("features", "teacher")))  # which keeps their order otherwise
+    found = {(row.get("features", "teacher"), row["metric"]): row for row in here}
+    return found, f"{split} images{f' of {Path(data).name}' if data else ''}"
+
+
 def _out_of_distribution(rows: Sequence[Row]) -> list[OwnTable]:
     found = [row for row in rows if row.get("features", "teacher") == "teacher"]
     if not found:
@@ -133,7 +187,11 @@ def _column(row: Row) -> str:
     return WORDS.get((row["protocol"], row["metric"]), "")
 
 
+def _value(row: Row) -> str:
+    return f"{100 * row['value']:.1f}"
+
+
 def _cell(row: Row) -> str:
     value, n = row["value"], row.get("n")
     error = row["sd"] if "sd" in row else math.sqrt(value * (1 - value) / n) if n else None
-    return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return _value(row) + ("" if error is None else f" ± {100 * error:.1f}")

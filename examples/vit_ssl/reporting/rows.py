@@ -14,7 +14,8 @@ from storage.json_lines import Row, read_rows
 from storage.whole_file import whole_file
 
 RESULTS = "results.jsonl"
-NOTES = ("k", "C", "lr", "sd", "se", "draws", "cosine")  # shown in the table where a row has them
+NOTES = ("k", "C", "lr", "weight_decay", "clusters", "sd", "se", "draws", "cosine")
+"""These are shown in the table where a row has them."""
 
 
 def make_rows(metrics: Iterable[Metric], **common: Any) -> list[Row]:

@@ -24,7 +24,8 @@ from evaluators.protocol import Features, FeaturesOf, NotApplicable
 from runtime.distributed import is_main, on_main, rank, world_size
 from runtime.interruption import leave_process_group
 
-KINDS = ("cls", "last4", "cls+mean_patch")
+KINDS = ("cls", "last4", "cls+mean_patch", "patches")
+OF_PATCHES = ("cls+mean_patch", "patches")
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def features_of(extraction: Extraction) -> FeaturesOf:
     def features(split: str, kind: str = "cls") -> Features:
         if kind not in KINDS:
             raise ValueError(f"`kind` (={kind!r}) must be one of {', '.join(KINDS)}")
-        if kind == "cls+mean_patch" and extraction.encoder and not extraction.encoder.has_patches:
-            raise NotApplicable("features of the kind 'cls+mean_patch' need a backbone with patch tokens")
+        if kind in OF_PATCHES and extraction.encoder and not extraction.encoder.has_patches:
+            raise NotApplicable(f"features of the kind {kind!r} need a backbone with patch tokens")
         images = load_images(extraction.dataset, split, data=extraction.data)
         if is_main() and images.notes:
             print("\n  ".join([f"{images.split} images of {extraction.data}:", *images.notes]), file=sys.stderr)
@@ -114,6 +115,7 @@ def encode(encoder: Encoder, images: Tensor, kinds: Iterable[str]) -> dict[str, 
         "cls": lambda: cls,
         "last4": lambda: torch.cat([tokens[:, 0] for tokens in layers], dim=1),
         "cls+mean_patch": lambda: torch.cat([cls, layers[-1][:, 1:].mean(dim=1)], dim=1),
+        "patches": lambda: layers[-1][:, 1:].flatten(1),
     }
     return {kind: made[kind]() for kind in kinds}
 

@@ -1,1 +1,1 @@
-"""Linear classification: the probes and the images they are trained on."""
+"""Classifiers on frozen features: linear and attentive probes, what they are trained on, and how robust they are."""

@@ -58,7 +58,6 @@ def train_probes(epochs: Epochs, dims: Mapping[str, int], classes: int, schedule
         torch.manual_seed(schedule.seed)
         stacks = {kind: LinearProbes(dim, classes, len(schedule.lrs)) for kind, dim in dims.items()}
     stacks = {kind: stack.to(device()) for kind, stack in stacks.items()}
-    trained = {kind: DistributedDataParallel(stack) if world_size() > 1 else stack for kind, stack in stacks.items()}
     groups = [
         {"params": layer.parameters(), "lr": lr * schedule.batch_size / 256}
         for stack in stacks.values()
@@ -66,8 +65,28 @@ def train_probes(epochs: Epochs, dims: Mapping[str, int], classes: int, schedule
     ]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.epochs)
+    minimise(stacks, optimizer, epochs, schedule.epochs, what="linear probes", after_epoch=cosine.step)
+    return stacks
+
+
+def minimise(
+    stacks: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    epochs: Epochs,
+    count: int,
+    *,
+    what: str,
+    after_step: Callable[[], None] = lambda: None,
+    after_epoch: Callable[[], None] = lambda: None,
+) -> None:
+    """Train classifiers for `count` epochs: those of a stack take the features of its kind and share nothing else.
+
+    A stack returns the logits (classifiers, B, classes). `what` names them in the progress bar; the last two change
+    learning rates.
+    """
+    trained = {kind: DistributedDataParallel(stack) if world_size() > 1 else stack for kind, stack in stacks.items()}
     shown = {"leave": False, "disable": not is_main(), "mininterval": 0.1 if sys.stderr.isatty() else 5}
-    for epoch in tqdm(range(schedule.epochs), desc="linear probes", unit="epoch", **shown):
+    for epoch in tqdm(range(count), desc=what, unit="epoch", **shown):
         for features, labels, total in epochs(epoch):
             optimizer.zero_grad()
             for kind, module in trained.items():
@@ -77,12 +96,12 @@ def train_probes(epochs: Epochs, dims: Mapping[str, int], classes: int, schedule
                 loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
                 (loss * (world_size() / total)).backward()
             optimizer.step()
-        cosine.step()
-    return stacks
+            after_step()
+        after_epoch()
 
 
 @torch.inference_mode()
-def predict(probes: LinearProbes, x: np.ndarray, *, rows: int = 1024) -> np.ndarray:
+def predict(probes: nn.Module, x: np.ndarray, *, rows: int = 1024) -> np.ndarray:
     """Return the labels (count, N) that each classifier gives features (N, D); the ranks divide them."""
     parts = share([slice(first, first + rows) for first in range(0, len(x), rows)])
     return np.concatenate(gather([probes(to_device(x[part])).argmax(dim=2).cpu().numpy() for part in parts]), axis=1)

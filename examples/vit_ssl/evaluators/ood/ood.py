@@ -13,7 +13,7 @@ from evaluators.ood.density import OwnMixture, Scores, own_mixture
 from evaluators.ood.measures import rank_correlation, separation
 from evaluators.ood.out_sets import KINDS, parse_out_sets
 from evaluators.ood.scores import FittedScores, fit_scores, is_labelled
-from evaluators.protocol import Evaluation, Features, Metric, NotApplicable
+from evaluators.protocol import Evaluation, Metric, NotApplicable
 from evaluators.prototypes.components import open_components
 from runtime.distributed import is_main
 
@@ -68,7 +68,7 @@ def ood(evaluation: Evaluation, options: OodOptions = OodOptions()) -> Iterator[
     sets = parse_out_sets({kind: getattr(options, kind) for kind in KINDS})
     if not sets:
         raise NotApplicable("it needs images of another kind: --out, --near or --far with NAME=DATA")
-    train, inside = _some(evaluation.features("train"), options.images), evaluation.features(evaluation.split)
+    train, inside = evaluation.features("train").at_most(options.images), evaluation.features(evaluation.split)
     outside = {
         found.name: evaluation.features_elsewhere(found.dataset, found.data)(found.split(evaluation.split)).x
         for found in sets
@@ -118,10 +118,3 @@ def _own(evaluation: Evaluation, options: OodOptions) -> OwnMixture | None:
     except NotApplicable:
         return None  # a backbone alone
     return own_mixture(components)
-
-
-def _some(features: Features, most: int) -> Features:
-    if len(features.labels) <= most:
-        return features
-    rows = np.sort(np.random.default_rng(0).choice(len(features.labels), most, replace=False))
-    return Features(features.x[rows], features.labels[rows], features.classes)
