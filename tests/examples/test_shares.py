@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from davis_folder import write_davis
+from evaluators.dense.video.segmentation import VideoOptions, video_segmentation
 from evaluators.protocol import Evaluation
 from evaluators.retrieval.retrieval import RetrievalOptions, retrieval
-from evaluators.video.segmentation import VideoOptions, video_segmentation
 from gloo import run_on_ranks
 from landmark_folder import write_landmarks
 from patch_encoder import PatchEncoder

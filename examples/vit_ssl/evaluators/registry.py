@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from evaluators.dense.video.segmentation import VideoOptions, video_segmentation
 from evaluators.few_shot.few_shot import FewShotOptions, fewshot
 from evaluators.finetune.finetune import finetune
 from evaluators.finetune.options import FinetuneOptions, SmallFinetuneOptions
@@ -14,7 +15,6 @@ from evaluators.protocol import Evaluator
 from evaluators.prototypes.prototypes import PrototypesOptions, prototypes
 from evaluators.retrieval.retrieval import RetrievalOptions, retrieval
 from evaluators.transfer import TransferOptions, transfer
-from evaluators.video.segmentation import VideoOptions, video_segmentation
 
 
 class Protocol(NamedTuple):
