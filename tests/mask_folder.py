@@ -21,7 +21,7 @@ def write_masked(data: Path, *, counts: dict[str, int] | None = None) -> Path:
             for label in (1, 2):
                 y, x = rng.integers(0, (20, 24))
                 labels[y : y + 16, x : x + 16] = label
-            pixels = COLORS[labels] + rng.integers(-60, 60, (36, 40, 3))
+            pixels = COLORS[labels] + rng.integers(-40, 40, (36, 40, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data / "images" / split / f"{index}.png")
             if index == 0:
                 labels[:9, :10] = 255
