@@ -274,7 +274,7 @@ def test_no_data_and_convolutional_networks_are_not_applicable(folder):
     network = encoder()
     network.has_patches = False
     for settings in ({"encoder": network}, {"encoder": None, "network": network}):
-        with pytest.raises(NotApplicable, match="needs the patches of a vision transformer"):
+        with pytest.raises(NotApplicable, match="needs the patch tokens of a vision transformer"):
             metrics(folder, **settings)
 
 
@@ -296,7 +296,12 @@ def test_options_out_of_range(option, message):
 def test_the_command_writes_rows_and_the_page_a_table(folder, tmp_path):
     sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     ViTModel(ViTConfig(**sizes), add_pooling_layer=False).save_pretrained(tmp_path / "model")
-    where = ["--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--data", str(folder)]
+    for kind in ("images", "masks"):  # links, as the page makes them
+        (tmp_path / "linked" / kind).mkdir(parents=True)
+        for split in ("train", "val", "test"):
+            (tmp_path / "linked" / kind / split).symlink_to(folder / kind / split)
+    where = ["--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--data"]
+    where += [str(tmp_path / "linked")]
     where += ["--split", "test", "--extract.image-size", "32", "--num-workers", "0", "--cs", "0.1"]
     for features in ("teacher", "pixels"):
         evaluate.main(["segmentation", *where, "--features", features])
@@ -307,7 +312,7 @@ def test_the_command_writes_rows_and_the_page_a_table(folder, tmp_path):
     assert {(row["n"], row["image_size"], row["split"]) for row in rows} == {(3, 32, "test")}
     evaluate.main(["page", str(tmp_path / "out")])
     page = (tmp_path / "out/evaluation.md").read_text()
-    section = page.partition(f"## Segmentation of 3 test images of {folder.name}")[2].partition("\n## ")[0]
+    section = page.partition("## Segmentation of 3 test images of linked")[2].partition("\n## ")[0]
     numbers = " | ".join(f"{100 * row['value']:.1f}" for row in rows[4:])
     assert f"| raw pixels | {numbers} |" in section
     assert "| this model |" in section

@@ -53,7 +53,7 @@ def build_bank(pairs: Pairs, patches: Patches, *, most: int, seed: int, num_work
 
     drawn = [
         [sample(number, one.cpu().numpy(), mask) for one, (number, mask) in zip(tokens, masks, strict=True)]
-        for _, tokens, masks in described(chosen, patches, num_workers=num_workers)
+        for tokens, masks in described(chosen, patches, num_workers=num_workers)
     ]
     parts = [part for batch in gather(drawn) for part in batch]
     shares = np.concatenate([shares for _, shares in parts])

@@ -53,16 +53,16 @@ def patches_of(evaluation: Evaluation) -> Patches:
     """
     network = evaluation.encoder or evaluation.network
     if network is None or not network.has_patches:
-        raise NotApplicable("segmentation needs the patches of a vision transformer, which a ResNet lacks")
+        raise NotApplicable("segmentation needs the patch tokens of a vision transformer")
     return Patches(evaluation.encoder, network.patch_size, network.image_size)
 
 
 @torch.inference_mode()
 def described(
     pairs: Pairs, patches: Patches, *, num_workers: int | None = None
-) -> Iterator[tuple[range, Tensor, list[tuple[int, np.ndarray]]]]:
-    """Yield this rank's batches: the numbers of its pairs, the features (n, h, w, D) of those that can be used, and for
-    each of these its number and its mask.
+) -> Iterator[tuple[Tensor, list[tuple[int, np.ndarray]]]]:
+    """Yield this rank's batches: the features (n, h, w, D) of the pairs that can be used, and the number and the mask
+    of each of these.
 
     The ranks divide the batches as `share` does; all of them must ask for all of theirs. Raises ValueError in the end
     when no pair can be used.
@@ -82,7 +82,7 @@ def described(
         errors += [item for item in items if isinstance(item, str)]
         usable = [(number, item) for number, item in zip(numbers, items, strict=True) if not isinstance(item, str)]
         tokens = patches(torch.stack([image for _, (image, _) in usable])) if usable else torch.empty(0)
-        yield numbers, tokens, [(number, mask.numpy()) for number, (_, mask) in usable]
+        yield tokens, [(number, mask.numpy()) for number, (_, mask) in usable]
     report_unreadable(pairs, [error for part in gather([errors]) for error in part])
 
 

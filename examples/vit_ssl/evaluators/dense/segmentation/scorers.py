@@ -27,7 +27,7 @@ Scorer: TypeAlias = Callable[[Tensor], Tensor]
 
 def neighbour_scores(tokens: Tensor, bank: Bank, *, k: int = 30, temperature: float = 0.02) -> Tensor:
     """Return the mean label shares of the k patches of the bank with the largest cosine, weighted by softmax(cosine /
-    temperature): tokens (B, h, w, D) -> (B, h, w, K), on the CPU.
+    temperature): tokens (B, h, w, D) -> (B, h, w, K).
 
     This is the cross-attention by which Balazevic et al. (2023) label patches, with their settings, over all of the
     bank instead of approximate neighbours. A bank with fewer than k patches is taken whole.
@@ -39,7 +39,7 @@ def neighbour_scores(tokens: Tensor, bank: Bank, *, k: int = 30, temperature: fl
     for cosine, nearest in nearest_neighbours(bank.x, chunks, k):
         weight = (cosine / temperature).softmax(dim=1).cpu()
         scores.append(torch.einsum("nk,nkc->nc", weight, shares[nearest.cpu()]))
-    return torch.cat(scores).unflatten(0, tokens.shape[:3])
+    return torch.cat(scores).unflatten(0, tokens.shape[:3]).to(tokens.device)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ def fit_heads(bank: Bank, cs: Sequence[float], *, max_iter: int = 1000) -> dict[
     # A patch with several labels is a row for each of them, with its share as the weight.
     patch, column = bank.shares.nonzero()
     inputs, weight = scaler.transform(bank.x)[patch], bank.shares[patch, column]
-
     tol = 1e-3 * min(1, 14 / len(bank.classes))  # more classes make smaller gradients
 
     def fit(c: float) -> LinearHead:

@@ -112,7 +112,7 @@ def measure(
     Raises ValueError when no pixel counts.
     """
     counts, images = {name: np.zeros((256, 256), np.int64) for name in scorers}, 0
-    for _, tokens, masks in described(pairs, patches, num_workers=num_workers):
+    for tokens, masks in described(pairs, patches, num_workers=num_workers):
         images += len(masks)
         for name, scorer in scorers.items():
             for scores, (_, mask) in zip(scorer(tokens) if masks else (), masks, strict=True):
