@@ -20,6 +20,20 @@ def test_the_page_shows_the_committed_results() -> None:
     assert run.rendered(page) == page, "run `python -m benchmarks segmentation`"
 
 
+def test_the_page_says_what_the_results_hold() -> None:
+    rows = results.latest("segmentation")["rows"]
+
+    def gain(arm: str, metric: str) -> float:
+        untrained = {row["seed"]: row[metric] for row in rows if row["arm"] == run.UNTRAINED}
+        gains = [row[metric] - untrained[row["seed"]] for row in rows if row["arm"] == arm]
+        assert len(gains) == len(untrained) >= 3
+        return 100 * np.mean(gains)
+
+    for arm in list(run.ARMS)[2:]:
+        assert 1 < gain(arm, "linear_mIoU") < 2.5
+        assert gain(arm, "knn_mIoU") < 0.5
+
+
 def test_every_pixel_is_of_the_photograph_that_the_mask_names() -> None:
     """Strip k has the colours 10 k and 10 k + 9 in turn."""
     rng = np.random.default_rng(0)
@@ -80,5 +94,5 @@ def test_the_command_goes_on_and_fills_the_table(tmp_path: Path, monkeypatch: py
         run.segmentation(runs=tmp_path / "runs", seeds=seeds, output=tmp_path / "out")
     assert asked[:2] == [("photos_dino-seed0", "pixels"), ("photos_dino-seed0", "random")]
     assert len(asked) == len(set(asked)) == 1 + 2 * 5
-    assert "| raw pixels |  | 25.0 | 40.0 | 20.0 | 30.0 |" in page.read_text()
-    assert "| DINO-vMF | 2 | 26.0±1.0 | 41.0±1.0 | 21.0±1.0 | 31.0±1.0 |" in page.read_text()
+    assert "| raw pixels |  | 25.0 |  | 40.0 | 20.0 |  | 30.0 |" in page.read_text()
+    assert "| DINO-vMF | 2 | 26.0±1.0 | +0.0±0.0 | 41.0±1.0 | 21.0±1.0 | +0.0±0.0 | 31.0±1.0 |" in page.read_text()

@@ -25,7 +25,6 @@ ARMS: dict[str, tuple[str, Weights]] = {
     "iBOT-vMF": ("photos_ibot_vmf", "teacher"),
 }
 """By the row of the table: the recipe, and what of its run is evaluated. All recipes have one network."""
-MEASURES = {"mIoU": "mIoU, %", "pixel_accuracy": "pixels right, %"}
 METHODS = {"knn": "patch kNN", "linear": "linear head"}
 
 
@@ -83,14 +82,21 @@ def rendered(page: str) -> str:
 
 
 def _table(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    untrained = {row["seed"]: row for row in select(rows, arm=UNTRAINED)}
     lines = []
-    for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
-        own = select(result["rows"], arm=arm)
-        cells = [arm, str(len(own)) if arm != PIXELS else ""]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = select(rows, arm=arm)
+        cells = [arm, "" if arm == PIXELS else str(len(own))]
         for method in METHODS:
-            for measure in MEASURES:
-                cells.append(text([row[f"{method}_{measure}"] for row in own], scale=100, digits=1))
+            miou, accuracy = f"{method}_mIoU", f"{method}_pixel_accuracy"
+            gain = [row[miou] - untrained[row["seed"]][miou] for row in own if arm not in (PIXELS, UNTRAINED)]
+            cells.append(text([row[miou] for row in own], scale=100, digits=1))
+            cells.append(text(gain, scale=100, digits=1, signed=True) if gain else "")
+            cells.append(text([row[accuracy] for row in own], scale=100, digits=1))
         lines.append(cells)
-    header = ["", "seeds", *(f"{method}: {measure}" for method in METHODS.values() for measure in MEASURES.values())]
+    header = ["", "seeds"]
+    columns = ("mIoU, %", "gain", "pixels right, %")
+    header += [f"{method}: {column}" for method in METHODS.values() for column in columns]
     where = f"{result['device']}, 1 thread, torch {result['versions']['torch']}, {result['date']}"
     return f"{table(header, lines)}\n\n({where}; `benchmarks/results`, `python -m benchmarks segmentation`.)"
