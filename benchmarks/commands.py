@@ -22,6 +22,7 @@ from benchmarks.photos import photos
 from benchmarks.probes import probes
 from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
+from benchmarks.segmentation import photo_scenes, segmentation
 from benchmarks.small_recipes import small_recipes
 from benchmarks.step import step
 from benchmarks.warm_start import warm_start
@@ -38,6 +39,8 @@ COMMANDS = {
     "small-recipes": small_recipes,
     "photos": photos,
     "probes": probes,
+    "photo-scenes": photo_scenes,
+    "segmentation": segmentation,
     "evidence": evidence,
     "concentration": concentration,
     "mixture-fit": mixture_fit,

@@ -19,12 +19,12 @@ from config.recipe import RECIPES, load_recipe
 from data.files import open_rgb
 from data.images import load_images
 from data.inventory import read_inventory, write_inventory
+from evaluators.dense.video.davis import load_davis, read_annotation
 from evaluators.features import feature_cache
 from evaluators.features.encoder import open_encoder
 from evaluators.features.extraction import Chunk
 from evaluators.few_shot.splits import listed_sets
 from evaluators.retrieval.landmarks import load_landmarks
-from evaluators.video.davis import load_davis, read_annotation
 from methods.registry import build_method
 from storage.checksums import write_checksums
 from storage.json_lines import append_rows, read_rows

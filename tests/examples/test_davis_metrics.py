@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import binary_dilation
 from skimage.morphology import disk
 
-from evaluators.video.metrics import boundary, boundary_accuracy, region_similarity, summarize
+from evaluators.dense.video.metrics import boundary, boundary_accuracy, region_similarity, summarize
 
 
 def square(row, column, side=20, shape=(100, 200)):

@@ -285,8 +285,8 @@ def test_command_line(run_directory, folder, capsys):
     assert metrics == [("knn", "top1", 2), ("linear", "top1", None), ("fewshot", "1-shot", None)]
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["segmentation", *where])
-    assert "segmentation" in capsys.readouterr().err
+        evaluate.main(["detection", *where])
+    assert "detection" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [*PROTOCOLS, "all"])

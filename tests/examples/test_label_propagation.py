@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from devices import DEVICES
-from evaluators.video.label_propagation import propagate, track, upsample
+from evaluators.dense.video.label_propagation import propagate, track, upsample
 
 
 def propagate_by_loops(target, sources, labels, radius, topk, temperature):

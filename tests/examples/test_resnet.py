@@ -14,6 +14,7 @@ import pretrain
 from config.recipe import Recipe, load_recipe, parse_overrides
 from data.augment import EvalTransform
 from data.images import load_images
+from evaluators.dense.video.segmentation import video_segmentation
 from evaluators.features.encoder import as_encoder, open_encoder
 from evaluators.features.extraction import Extraction, features_of
 from evaluators.few_shot.few_shot import FewShotOptions, fewshot
@@ -21,7 +22,6 @@ from evaluators.finetune.finetune import finetune
 from evaluators.linear.linear import LinearOptions, linear
 from evaluators.protocol import NotApplicable
 from evaluators.request import Request, open_evaluation
-from evaluators.video.segmentation import video_segmentation
 from methods.backbone import blocks, build_backbone, features
 from methods.network import build_network
 from methods.registry import build_method

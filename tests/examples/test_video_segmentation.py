@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from davis_folder import PALETTE, write_davis
+from evaluators.dense.video.davis import frame_size, load_davis, read_annotation, read_frame
+from evaluators.dense.video.masks import segment
+from evaluators.dense.video.segmentation import VideoOptions, video_segmentation
 from evaluators.protocol import Evaluation, NotApplicable
-from evaluators.video.davis import frame_size, load_davis, read_annotation, read_frame
-from evaluators.video.masks import segment
-from evaluators.video.segmentation import VideoOptions, video_segmentation
 from patch_encoder import PatchEncoder
 
 OPTIONS = VideoOptions(side=64, radius=2)

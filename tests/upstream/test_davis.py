@@ -12,11 +12,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from davis_folder import PALETTE, write_davis
+from evaluators.dense.video.davis import load_davis
+from evaluators.dense.video.masks import segment
+from evaluators.dense.video.metrics import boundary_accuracy, region_similarity, summarize
+from evaluators.dense.video.segmentation import VideoOptions, video_segmentation
 from evaluators.protocol import Evaluation
-from evaluators.video.davis import load_davis
-from evaluators.video.masks import segment
-from evaluators.video.metrics import boundary_accuracy, region_similarity, summarize
-from evaluators.video.segmentation import VideoOptions, video_segmentation
 from patch_encoder import PatchEncoder
 from upstream.checkouts import copy_of
 from upstream.evaluations import load_file, prepare

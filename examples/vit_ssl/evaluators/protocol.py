@@ -79,6 +79,8 @@ class Evaluation:
     """What `features` are of: load_images(dataset, split, data=data) gives the images, unreadable ones too."""
     features_elsewhere: FeaturesElsewhere | None = None
     """The features of other images; None where there are none of the data."""
+    network: Encoder | None = None
+    """That of the checkpoint, also where raw pixels are evaluated in its place: the sizes of images and patches."""
 
 
 Evaluator: TypeAlias = Callable[[Evaluation, Any], Iterator[Metric]]

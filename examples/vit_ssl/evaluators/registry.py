@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from evaluators.dense.segmentation.segmentation import SegmentationOptions, segmentation
+from evaluators.dense.video.segmentation import VideoOptions, video_segmentation
 from evaluators.few_shot.few_shot import FewShotOptions, fewshot
 from evaluators.finetune.finetune import finetune
 from evaluators.finetune.options import FinetuneOptions, SmallFinetuneOptions
@@ -17,7 +19,6 @@ from evaluators.prototypes.clustering import ClusteringOptions, clustering
 from evaluators.prototypes.prototypes import PrototypesOptions, prototypes
 from evaluators.retrieval.retrieval import RetrievalOptions, retrieval
 from evaluators.transfer import TransferOptions, transfer
-from evaluators.video.segmentation import VideoOptions, video_segmentation
 
 
 class Protocol(NamedTuple):
@@ -39,6 +40,7 @@ TOKENS = "it keeps every patch token, which takes space and time"
 PROTOCOLS: dict[str, Protocol] = {
     "retrieval": Protocol(RetrievalOptions, retrieval, features=False, own_data=True),
     "video": Protocol(VideoOptions, video_segmentation, features=False, own_data=True),
+    "segmentation": Protocol(SegmentationOptions, segmentation, features=False, own_data=True),
     "transfer": Protocol(TransferOptions, transfer, left_out="it is about other data sets, each one command"),
     "finetune": Protocol(FinetuneOptions, finetune, features=False, left_out=LONG),
     "finetune-small": Protocol(SmallFinetuneOptions, finetune, features=False, left_out=LONG, rows_as="finetune"),

@@ -50,8 +50,8 @@ class Request:
     split: Literal["val", "test"] = "val"
     """The split whose results are reported; settings (k, C, learning rates) are chosen on val in either case."""
     data: Path | None = None
-    """Folder of images, or name of a set of the hub, in place of the run's own images; retrieval and video
-    take folders of their own kind."""
+    """Folder of images, or name of a set of the hub, in place of the run's own images; retrieval, video
+    and segmentation take folders of their own kind."""
     dataset: Literal["photos", "digits", "folder", "hub"] | None = None
     """Kind of data set: by default the run's own; with --data folder, or hub for a run on images of the hub."""
     output: Path | None = None
@@ -103,7 +103,7 @@ def open_evaluation(request: Request) -> Evaluation:
 
     # A run's head and centre belong to the weights they were trained with.
     own = run if request.features == "teacher" else None
-    return Evaluation(chosen, features, request.split, request.data, own, output, dataset, elsewhere)
+    return Evaluation(chosen, features, request.split, request.data, own, output, dataset, elsewhere, encoder)
 
 
 def _extraction(

@@ -41,6 +41,17 @@ ROBUSTNESS_NOTE = (
     "model on the evaluated images of the same classes. A corruption's number is the mean over its severities, and its "
     "standard error at most what ± says."
 )
+SEGMENTATION = {
+    "knn_mIoU": "patch kNN: mIoU, %",
+    "knn_pixel_accuracy": "pixels right, %",
+    "linear_mIoU": "linear head: mIoU, %",
+    "linear_pixel_accuracy": "pixels right, %",
+}
+SEGMENTATION_NOTE = (
+    "mIoU: of the pixels that a class has or is given, the share that both agree on, over all images, as the mean over "
+    "classes. Whether patch features know more than the colours of a patch is seen beside `--features pixels`, and "
+    "whether they were learned beside `--features random`."
+)
 COMPARE = "compare"
 """The protocol of rows that hold a difference between two models."""
 
@@ -54,8 +65,8 @@ class OwnTable(NamedTuple):
 
 
 def own_tables(rows: Sequence[Row], checkpoint: str) -> list[OwnTable]:
-    """Return a table of accuracies for each data set and split, of the prototypes, of clusters, and of other data; none
-    without numbers.
+    """Return a table of accuracies for each data set and split, of the prototypes, of segmentation, of clusters, and of
+    other data; none without numbers.
 
     `rows` are those of results.jsonl for this checkpoint; of several for one cell the last counts.
     """
@@ -65,6 +76,7 @@ def own_tables(rows: Sequence[Row], checkpoint: str) -> list[OwnTable]:
         for place in places
     ]
     tables += _prototypes({row["metric"]: row["value"] for row in rows if row["protocol"] == "prototypes"})
+    tables += _segmentation([row for row in rows if row["protocol"] == "segmentation"])
     tables += _clusters([row for row in rows if row["protocol"] == "clustering"])
     tables += _robustness([row for row in rows if row["protocol"] == "robustness"])
     return tables + _out_of_distribution([row for row in rows if row["protocol"] == "ood"])
@@ -110,6 +122,21 @@ def _prototypes(counted: Mapping[str, Any]) -> list[OwnTable]:
         quantiles = (counted[f"kappa_{name}"] for name in ("p05", "p50", "p95"))
         lines.append(["have κ (5 %, median, 95 %)", ", ".join(f"{value:.3g}" for value in quantiles)])
     return [OwnTable("Prototypes", lines, [])]
+
+
+def _segmentation(rows: Sequence[Row]) -> list[OwnTable]:
+    tables = []
+    for data, split in dict.fromkeys((row.get("data", ""), row["split"]) for row in rows):
+        own = [row for row in rows if (row.get("data", ""), row["split"]) == (data, split)]
+        cells = {(row.get("features", "teacher"), row["metric"]): f"{100 * row['value']:.1f}" for row in own}
+        metrics = [metric for metric in SEGMENTATION if any(metric == other for _, other in cells)]
+        lines = [["", *(SEGMENTATION[metric] for metric in metrics)]]
+        for features, name in MODELS.items():
+            if any(features == other for other, _ in cells):
+                lines.append([name, *(cells.get((features, metric), "–") for metric in metrics)])
+        title = f"Segmentation of {own[-1]['n']} {split} images{f' of {Path(data).name}' if data else ''}"
+        tables.append(OwnTable(title, lines, [SEGMENTATION_NOTE]))
+    return tables
 
 
 def _clusters(rows: Sequence[Row]) -> list[OwnTable]:

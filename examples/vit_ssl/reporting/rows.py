@@ -61,9 +61,9 @@ def print_table(rows: Iterable[Row]) -> None:
     """Print one line per metric, with the settings behind it."""
     rows = list(rows)
     width = max([13, *(len(row["metric"]) for row in rows)])
-    print(f"{'protocol':<11} {'features':<9} {'split':<6} {'metric':<{width}} {'value':>9}")
+    print(f"{'protocol':<12} {'features':<9} {'split':<6} {'metric':<{width}} {'value':>9}")
     for row in rows:
         value = f"{row['value']:9d}" if isinstance(row["value"], int) else f"{row['value']:9.3f}"
         notes = ", ".join(f"{key} {row[key]:.3g}" for key in NOTES if key in row)
-        line = f"{row['protocol']:<11} {row['features']:<9} {row['split']:<6} {row['metric']:<{width}} {value}  {notes}"
+        line = f"{row['protocol']:<12} {row['features']:<9} {row['split']:<6} {row['metric']:<{width}} {value}  {notes}"
         print(line.rstrip())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -168,7 +168,15 @@ def assemble(chunks: Iterator[Chunk], images: Images) -> tuple[Features, list[st
     return Features(x, images.labels[readable], images.classes), [error for part in parts for error in part.errors]
 
 
-def report_unreadable(images: Images, errors: list[str], *, shown: int = 20) -> None:
+class Split(Protocol):
+    """Images, or what else is read of a split: how many there are of which."""
+
+    split: str
+
+    def __len__(self) -> int: ...
+
+
+def report_unreadable(images: Split, errors: list[str], *, shown: int = 20) -> None:
     """Say which images are left out. Raises ValueError when that is every one."""
     if len(errors) == len(images):
         raise ValueError(f"none of the {len(images)} images of the {images.split} split can be read; {errors[0]}")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from evaluators.video.davis import Video, frame_size, read_annotation, read_frame
-from evaluators.video.label_propagation import track, upsample
+from evaluators.dense.video.davis import Video, frame_size, read_annotation, read_frame
+from evaluators.dense.video.label_propagation import track, upsample
 
 if TYPE_CHECKING:
     from evaluators.features.encoder import Encoder

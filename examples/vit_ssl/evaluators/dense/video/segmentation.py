@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from evaluators.dense.video.davis import TREE, Video, load_davis, read_annotation
+from evaluators.dense.video.masks import segment, write_masks
+from evaluators.dense.video.metrics import boundary_accuracy, region_similarity, summarize
 from evaluators.protocol import Evaluation, Metric, NotApplicable
-from evaluators.video.davis import TREE, Video, load_davis, read_annotation
-from evaluators.video.masks import segment, write_masks
-from evaluators.video.metrics import boundary_accuracy, region_similarity, summarize
 from runtime.distributed import is_main
 from runtime.shares import gather, share
 

@@ -1,0 +1,1 @@
+"""Evaluations of patch features: what an image shows where."""
