@@ -108,7 +108,7 @@ def corrupt(folder: Path) -> None:
 
 def rendered(page: str) -> str:
     """`page` with the tables of the newest results between its markers."""
-    return filled(page, lambda name: TABLES[name](results.latest("probes")))
+    return filled(page, lambda name: TABLES[name](results.latest("probes")), group="probes")
 
 
 def _attentive(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from evaluators.linear.shifted_sets import corrupted_folders
 
 def test_the_page_shows_the_committed_results() -> None:
     page = probes.DOCS.read_text()
-    assert names(page) == list(probes.TABLES)
+    assert names(page, group="probes") == list(probes.TABLES)
     assert probes.rendered(page) == page, "run `python -m benchmarks probes`"
 
 

@@ -16,7 +16,7 @@ from evaluators.dense.segmentation.folder import load_pairs
 
 def test_the_page_shows_the_committed_results() -> None:
     page = run.DOCS.read_text()
-    assert "<!-- table: segmentation -->" in page
+    assert "<!-- table: segmentation photographs -->" in page
     assert run.rendered(page) == page, "run `python -m benchmarks segmentation`"
 
 
@@ -84,7 +84,7 @@ def test_the_command_goes_on_and_fills_the_table(tmp_path: Path, monkeypatch: py
         return rows
 
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table: segmentation -->\n<!-- end -->\nafter\n")
+    page.write_text("before\n<!-- table: segmentation photographs -->\n<!-- end -->\nafter\n")
     monkeypatch.setattr(run, "evaluate", evaluate)
     monkeypatch.setattr(run, "DOCS", page)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")

@@ -78,7 +78,7 @@ def _measured(
 
 def rendered(page: str) -> str:
     """`page` with the table of the newest results between its markers."""
-    return filled(page, lambda name: _table(results.latest(name)))
+    return filled(page, lambda _: _table(results.latest("segmentation")), group="segmentation")
 
 
 def _table(result: dict[str, Any]) -> str:
