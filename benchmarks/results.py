@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("vmf_heads", "torch", "numpy", "scipy", "mpmath", "tensorflow", "tensorflow-probability")
+PACKAGES = ("vmf_heads", "torch", "numpy", "scipy", "mpmath", "pillow", "tensorflow", "tensorflow-probability")
 
 
 def write(name: str, device: str, rows: list[dict[str, Any]], **settings: Any) -> Path:

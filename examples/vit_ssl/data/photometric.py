@@ -85,7 +85,7 @@ def _changed(x: Tensor, changes: Tensor) -> Tensor:
         x = _for_some(x, changes[:, _HUE_AFTER] == number, turn_hue, changes[:, _HUE])
         if number < 3 and (changes[:, 3 * number : 3 * number + 3] != torch.tensor(_NO_STEP)).any():
             x = _linear_step(x, *steps[number].to(x.device, non_blocking=True).unbind(1))
-    x = _for_some(x, changes[:, _GREY] > 0, lambda some, _: _grey(some).expand_as(some), changes[:, _GREY])
+    x = _for_some(x, changes[:, _GREY] > 0, lambda some, _: _grey(some).repeat(1, 3, 1, 1), changes[:, _GREY])
     x = _for_some(x, changes[:, _SIGMA] > 0, blur, changes[:, _SIGMA])
     return _for_some(x, changes[:, _SOLARIZE] > 0, lambda some, _: torch.minimum(some, 255 - some), changes[:, _GREY])
 
