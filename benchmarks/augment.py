@@ -26,18 +26,9 @@ DOCS = Path(__file__).parents[1] / "docs" / "examples.md"
 SIZE = (500, 375)
 """This is a common size of ImageNet's photographs, in px."""
 
-# Each stage adds one kind of work to the one before, so that differences of times are shares.
-OFF: dict[str, Any] = {"color_strength": 0.0, "grayscale_prob": 0.0, "blur_strength": 0.0, "solarize_prob": 0.0}
-STAGES: dict[str, dict[str, Any]] = {
-    "decode": {},
-    "crop, resize, flip": {},
-    "to normalised floats": OFF,
-    "colour jitter, grey": {name: OFF[name] for name in ("blur_strength", "solarize_prob")},
-    "blur, solarise": {},
-}
-LOADER = "crop, resize, flip"
-"""What the recipes' `augment_on: device` leaves to the loader's processes is up to here."""
-PEER = "DINO's own"
+DECODE, CROP, CHANGE = STAGES = ("decode", "crop, resize, flip", "colour, blur, solarise, normalise")
+"""Each stage adds one kind of work to the one before; the last is what `augment_on` of a recipe is about."""
+PEER, UP_TO_CROP = "DINO's own", "up to " + CROP
 
 
 def augment(*, peer: str = "/usr/bin/python3", rounds: int = 7) -> None:
@@ -72,20 +63,21 @@ def encoded_photos() -> list[bytes]:
 
 
 def stages(files: list[bytes]) -> dict[str, Callable[[], object]]:
-    """For each stage a function that takes all files through it and the stages before: after the first ones a batch."""
+    """For each stage a function that takes all files through it and the stages before: after the first one a batch."""
+    transform = MultiCrop()
 
-    def batch(transform: MultiCrop) -> dict[str, list[torch.Tensor]]:
+    def batch() -> dict[str, list[torch.Tensor]]:
         samples = []
         for number, file in enumerate(files):
             crops, changes = transform.crops(decoded(file), random.Random(number))
             samples.append({"crops": crops, "changes": changes})
         return default_collate(samples)
 
-    whole = {name: MultiCrop(**options) for name, options in STAGES.items()}
-    calls: dict[str, Callable[[], object]] = {
-        name: lambda transform=transform: finished(batch(transform)) for name, transform in whole.items()
+    return {
+        DECODE: lambda: [decoded(file) for file in files],
+        CROP: batch,
+        CHANGE: lambda: finished(batch()),
     }
-    return calls | {"decode": lambda: [decoded(file) for file in files], LOADER: lambda: batch(whole[LOADER])}
 
 
 def decoded(file: bytes) -> Image.Image:
@@ -131,7 +123,7 @@ def shares(seconds: dict[str, float]) -> list[dict[str, Any]]:
     for name, value in up_to.items():
         rows.append(_row(name, value - before) | {"share": round((value - before) / total, 3)})
         before = value
-    wholes = {"all": total, "up to " + LOADER: up_to[LOADER]}
+    wholes = {"all": total, UP_TO_CROP: up_to[CROP]}
     wholes |= {PEER: seconds[PEER]} if PEER in seconds else {}
     return rows + [_row(name, value) | {"images_per_second": round(1 / value, 1)} for name, value in wholes.items()]
 
@@ -156,7 +148,7 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", "| pipeline | ms per image | images/s per core | DINO's time over its own |", "|---|---|---|---|"]
     names = {
         "all": "`augment_on: cpu`",
-        "up to " + LOADER: "`augment_on: device`, the loader's part",
+        UP_TO_CROP: "`augment_on: device`, the loader's part",
         PEER: "DINO's own",
     }
     for stage, name in names.items():

@@ -27,10 +27,6 @@ _NO_STEP = (1.0, 0.0, 0.0)
 _IN_CACHE = 2**18
 """A CPU takes so many numbers at a time through all changes, which then stay in its cache: 1 MiB."""
 
-# glibc gives freed memory back to the system once there is twice as much of it as the largest block freed so far, and
-# fetching it again takes a third of the time of all changes. After this block, never touched, it keeps up to 64 MiB.
-torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
 
 def normalized(pixels: Tensor, out: Tensor | None = None) -> Tensor:
     """Return pixels (..., 3, height, width) from 0 to 255 as float32, normalised by ImageNet's mean and deviation."""
