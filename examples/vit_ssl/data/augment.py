@@ -152,7 +152,7 @@ def _resized(image: Image.Image, pixels: Tensor, box: tuple[float, float, float,
     x, y, right, low = box
     if min(right - x, low - y) < WHOLE_PIXELS:
         return _pixels(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-    # The same filter as PIL's, three times as fast, but for whole pixels alone.
+    # The same filter as PIL's, and faster, but for whole pixels alone.
     part = pixels[round(y) : round(low), round(x) : round(right)].permute(2, 0, 1)[None]
     return F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
 
