@@ -12,7 +12,7 @@ import torch
 import vmf_heads
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "scipy", "mpmath", "tensorflow", "tensorflow-probability")
+PACKAGES = ("torch", "triton", "numpy", "scipy", "mpmath", "pillow", "tensorflow", "tensorflow-probability")
 
 
 def write(name: str, device: str, rows: list[dict[str, Any]], *, folder: Path | None = None, **settings: Any) -> Path:

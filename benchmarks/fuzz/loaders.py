@@ -18,7 +18,7 @@ from backbones.public_checkpoints import open_public_checkpoint
 from config.recipe import RECIPES, load_recipe
 from data.files import open_rgb
 from data.images import load_images
-from data.inventory import read_inventory, write_inventory
+from data.source.inventory import read_inventory, write_inventory
 from evaluators.dense.video.davis import load_davis, read_annotation
 from evaluators.features import feature_cache
 from evaluators.features.encoder import open_encoder

@@ -27,9 +27,9 @@ from config.cards import recipe_list
 from config.explain import explain
 from config.options import Options
 from config.recipe import Recipe
-from data.inventory import images_of_the_run, keep_inventory
 from data.loading import load_steps, micro_batch_size, training_images
 from data.source.check import look_at
+from data.source.inventory import images_of_the_run, keep_inventory
 from data.source.kept import keep_source
 from data.unreadable import print_unreadable
 from methods.method import Batch, Method, Statistics

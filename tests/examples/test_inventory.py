@@ -10,8 +10,8 @@ from PIL import Image
 
 from config.recipe import load_recipe
 from data.images import Images, load_images
-from data.inventory import images_of_the_run, inventory_of, keep_inventory, read_inventory
 from data.loading import load_steps, training_images
+from data.source.inventory import images_of_the_run, inventory_of, keep_inventory, read_inventory
 from data.unreadable import UNREADABLE, SubstitutedImages, read_unreadable
 
 RECIPE = load_recipe("photos_dino_vmf", {"dataset": "folder", "batch_size": 4, "num_workers": 0})

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import default_collate
 
 from config.recipe import load_recipe
 from data.augmented_images import AugmentedImages
 from data.images import load_images
-from data.views import build_views
+from data.views import build_views, finished_batch
 from methods.registry import Method, build_method
 
 TINY = {"hidden_size": 16, "out_dim": 8, "num_hidden_layers": 1, "hidden_dim": 16, "bottleneck_dim": 8}
@@ -29,7 +28,7 @@ def attached(name: str, **overrides: Any) -> Method:
 def batch(name: str, images: int = 4) -> dict[str, Any]:
     recipe = load_recipe(name, tiny(name))
     dataset = AugmentedImages(load_images("photos", "train"), build_views(recipe), recipe.seed)
-    return default_collate([dataset[index * 100] for index in range(images)])
+    return finished_batch([dataset[index * 100] for index in range(images)])
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -12,7 +12,7 @@ from transformers import Dinov2Model, PreTrainedModel, ViTModel
 from backbones.models_of_weights import build_model, load_weights
 from backbones.original_names import Weights, kind_of
 from backbones.position_embeddings import interpolate_as_dino
-from data.augment import MEAN, STD
+from data.photometric import MEAN, STD
 
 PREFIX = "timm:"
 # Two implementations differ by rounding; relative to the size of all tokens.

@@ -26,7 +26,7 @@ from config.yaml_file import parse_yaml, read_yaml
 from storage.whole_file import whole_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-EARLIER = {"backbone": "vit", "feature_grid": 1}
+EARLIER = {"augment_on": "cpu", "backbone": "vit", "feature_grid": 1}
 """Fields that recipes and runs of earlier versions do not have, and what these were."""
 
 
@@ -58,6 +58,7 @@ class Recipe:
     blur_prob: tuple[float, float, float]  # of the first global view, the other global ones, the local ones
     solarize_prob: float  # of the global views but the first; DINO 0.2
     grayscale_prob: float  # of every view; DINO 0.2
+    augment_on: Literal["cpu", "device"]  # where colour and blur of the crops are made; device: GPU, in batches
 
     # Backbone: a transformers ViTModel, or a ResNetModel of basic blocks; see methods/backbone.py.
     backbone: Literal["vit", "resnet"]  # a vision transformer, or for DINO a convolutional network

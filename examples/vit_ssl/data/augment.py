@@ -1,4 +1,4 @@
-"""The augmentations of DINO and BYOL with PIL alone: multi-crop, colour jitter, blur, solarisation."""
+"""Crops: the multi-crop of DINO and BYOL, which changes colours and blurs, too, and the centre crop of evaluations."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import random
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
-# The statistics of ImageNet, which every public DINO, iBOT and MSN backbone expects, as x -> x * scale + shift.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_SCALE = 1 / (255 * np.array(STD, np.float32))
-_SHIFT = -np.array(MEAN, np.float32) / np.array(STD, np.float32)
+from data.photometric import changed, draw_changes, normalized
 
 Range = tuple[float, float]
 
@@ -21,15 +19,30 @@ STRIP = 50
 """Evaluation cuts an image that is longer than so many times its width to that, before it resizes what is left."""
 
 
+WHOLE_PIXELS = 64
+"""A box whose sides are that long or longer, in px, is rounded to whole pixels, as torchvision rounds every box."""
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """Return an RGB image as a float32 tensor (3, height, width), normalised by ImageNet's mean and deviation."""
-    return torch.from_numpy((np.asarray(image) * _SCALE + _SHIFT).transpose(2, 0, 1).copy())
+    return normalized(_pixels(image))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """The pixels of an RGB image, uint8 (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def random_resized_crop(image: Image.Image, size: int, scale: Range, rng: random.Random) -> Image.Image:
     """Return a crop of a share `scale` of the area with aspect ratio 3:4 to 4:3, resized to `size` x `size` px
     (bicubic).
     """
+    box = random_box(image, scale, rng)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def random_box(image: Image.Image, scale: Range, rng: random.Random) -> tuple[float, float, float, float]:
+    """Return the left, upper, right and lower side of a crop that shows a share `scale` of the area."""
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -40,7 +53,7 @@ def random_resized_crop(image: Image.Image, size: int, scale: Range, rng: random
     else:  # no such crop found: the largest square, wherever the image is longer
         w = h = min(width, height)
     x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+    return x, y, x + w, y + h
 
 
 class MultiCrop:
@@ -102,8 +115,13 @@ class MultiCrop:
                 raise ValueError(f"`{name}` (={value}) must be in [0, {high}]")
         if not all(0 <= probability <= 1 for probability in blur_prob):
             raise ValueError(f"`blur_prob` (={blur_prob}) must be three probabilities in [0, 1]")
-        self.color_strength, self.saturation = color_strength, saturation
-        self.blur_strength, self.grayscale_prob = blur_strength, grayscale_prob
+        self.num_global = num_global
+        self._strengths = {
+            "color_strength": color_strength,
+            "saturation": saturation,
+            "grayscale_prob": grayscale_prob,
+            "blur_strength": blur_strength,
+        }
         # A view has a size, a scale, and probabilities of blur and solarisation; the global views differ on purpose.
         first, others, local = blur_prob
         self._views = [(global_size, global_scale, first, 0.0)]
@@ -112,42 +130,31 @@ class MultiCrop:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
         """Return the views of `image`; the same state of `rng` gives the same views."""
-        return [to_tensor(self._view(image, rng, *view)) for view in self._views]
+        crops, changes = self.crops(image, rng)
+        views: list[Tensor] = []
+        for first, end in ((0, self.num_global), (self.num_global, len(crops))):
+            if first < end:
+                views += changed(torch.stack(crops[first:end]), torch.stack(changes[first:end]))
+        return views
 
-    def _view(
-        self, image: Image.Image, rng: random.Random, size: int, scale: Range, blur_prob: float, solarize_prob: float
-    ) -> Image.Image:
-        view = random_resized_crop(image, size, scale, rng)
-        if rng.random() < 0.5:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.color_strength and rng.random() < 0.8:
-            view = color_jitter(view, self.color_strength, self.saturation, rng)
-        if rng.random() < self.grayscale_prob:
-            view = view.convert("L").convert("RGB")
-        if self.blur_strength and rng.random() < blur_prob:
-            view = view.filter(ImageFilter.GaussianBlur(self.blur_strength * rng.uniform(0.1, 2.0)))
-        return ImageOps.solarize(view, 128) if rng.random() < solarize_prob else view
-
-
-def color_jitter(image: Image.Image, strength: float, saturation: float, rng: random.Random) -> Image.Image:
-    """Change brightness, contrast, saturation and hue by random amounts in random order.
-
-    At strength 1 with a saturation of 0.2 it is DINO's.
-    """
-    changes = [(ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4), (ImageEnhance.Color, saturation)]
-    changes.append((None, 0.1))
-    rng.shuffle(changes)
-    for enhance, largest in changes:
-        amount = strength * rng.uniform(-largest, largest)
-        image = enhance(image).enhance(1 + amount) if enhance else turn_hue(image, amount)
-    return image
+    def crops(self, image: Image.Image, rng: random.Random) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the crops (3, size, size), uint8, and what `data.photometric.changed` is to change in each of them."""
+        pixels, crops, changes = torch.from_numpy(np.array(image)), [], []
+        for size, scale, blur_prob, solarize_prob in self._views:
+            crop = _resized(image, pixels, random_box(image, scale, rng), size)
+            crops.append(crop.flip(2) if rng.random() < 0.5 else crop)
+            changes.append(draw_changes(rng, blur_prob=blur_prob, solarize_prob=solarize_prob, **self._strengths))
+        return crops, changes
 
 
-def turn_hue(image: Image.Image, amount: float) -> Image.Image:
-    """Turn the hue of an RGB image by `amount` of a full circle, to the nearest of PIL's 256 hues."""
-    hue, saturation, value = image.convert("HSV").split()
-    hue = Image.fromarray(np.asarray(hue) + np.uint8(round(amount * 256) % 256))  # uint8 wraps around, as hue does
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+def _resized(image: Image.Image, pixels: Tensor, box: tuple[float, float, float, float], size: int) -> Tensor:
+    """A box of an image, whose `pixels` are (height, width, 3), as uint8 (3, size, size)."""
+    x, y, right, low = box
+    if min(right - x, low - y) < WHOLE_PIXELS:
+        return _pixels(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    # The same filter as PIL's, and faster, but for whole pixels alone.
+    part = pixels[round(y) : round(low), round(x) : round(right)].permute(2, 0, 1)[None]
+    return F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
 
 
 class EvalTransform:

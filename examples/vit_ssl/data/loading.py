@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from config.recipe import Recipe
 from data.images import Images, load_images
 from data.stream import ImageStream, StreamedViews, stream_batches
 from data.unreadable import SubstitutedImages, Unreadable, collate
-from data.views import build_views
+from data.views import build_views, finished_batch
 from runtime.distributed import is_main, rank, world_size
 from runtime.interruption import leave_process_group
 
@@ -72,10 +73,13 @@ def load_steps(
 ) -> Iterator[tuple[Any, ...]]:
     """Yield this process' `accumulate` micro-batches for each of the epoch's steps `first` to `end` - 1.
 
+    `data.views.finished` makes the changes of their crops where the recipe has this done on the device.
+
     Images that cannot be read are listed in OUTPUT/unreadable.txt, and others take their places.
     """
     size = micro_batch_size(recipe, accumulate)
     views = build_views(recipe)
+    collate_samples = finished_batch if recipe.augment_on == "cpu" else default_collate
     if isinstance(images, ImageStream):
         streamed = StreamedViews(
             images,
@@ -88,12 +92,12 @@ def load_steps(
             rank=rank(),
             world_size=world_size(),
         )
-        batches: Iterable[Any] = stream_batches(streamed, num_workers)
+        batches: Iterable[Any] = stream_batches(streamed, num_workers, collate_samples)
     else:
         dataset = SubstitutedImages(images, views, recipe.seed)
         dataset.set_epoch(epoch)
         steps = epoch_batches(len(images), recipe.batch_size, recipe.seed, epoch)[first:end]
-        loaded = load_batches(dataset, own_parts(steps, accumulate), num_workers)
+        loaded = load_batches(dataset, own_parts(steps, accumulate), num_workers, collate_samples)
         batches = Unreadable(images, output).batches(loaded)
     # zip takes the same iterator `accumulate` times, which gives tuples of consecutive micro-batches.
     return zip(*[iter(batches)] * accumulate, strict=True)
@@ -113,12 +117,14 @@ def own_parts(steps: np.ndarray, accumulate: int) -> list[list[int]]:
     return parts[:, :, rank()].reshape(len(steps) * accumulate, -1).tolist()
 
 
-def load_batches(dataset: SubstitutedImages, batches: list[list[int]], num_workers: int) -> Iterable[Any]:
+def load_batches(
+    dataset: SubstitutedImages, batches: list[list[int]], num_workers: int, collate_samples: Callable[..., Any]
+) -> Iterable[Any]:
     """Return the collated samples, and what could not be read, of every list of indices."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=partial(collate, collate_samples=collate_samples),
         num_workers=num_workers,
         worker_init_fn=leave_process_group,
         pin_memory=torch.cuda.is_available(),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from data.hub import content, decode, open_set
 from runtime.interruption import leave_process_group
@@ -115,11 +115,14 @@ def _read(item: dict[str, Any] | None, name: str) -> tuple[bytes, Image.Image]:
         return file, Image.new("RGB", (256, 256), (124, 116, 104))
 
 
-def stream_batches(views: StreamedViews, num_workers: int) -> Iterable[Any]:
+def stream_batches(
+    views: StreamedViews, num_workers: int, collate_samples: Callable[..., Any] = default_collate
+) -> Iterable[Any]:
     """Return a loader of collated batches: one for each of the batches that `views` is for."""
     return DataLoader(
         views,
         batch_size=views.batch_size,
+        collate_fn=collate_samples,
         num_workers=num_workers,
         worker_init_fn=leave_process_group,
         pin_memory=torch.cuda.is_available(),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from data.augmented_images import AugmentedImages
@@ -41,9 +40,9 @@ class SubstitutedImages(AugmentedImages):
         raise OSError(f"{len(failures)} images in a row cannot be read; {failures[0][1]}")
 
 
-def collate(items: list[tuple[Any, Failures]]) -> tuple[Any, Failures]:
+def collate(items: list[tuple[Any, Failures]], collate_samples: Callable[..., Any]) -> tuple[Any, Failures]:
     """Return (batch of the samples, all failures)."""
-    return default_collate([sample for sample, _ in items]), [failure for _, found in items for failure in found]
+    return collate_samples([sample for sample, _ in items]), [failure for _, found in items for failure in found]
 
 
 class Unreadable:

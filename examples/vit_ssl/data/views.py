@@ -1,16 +1,20 @@
-"""What one image becomes in each method: views, and which of their patches are hidden."""
+"""What one image becomes in each method: crops, and which of their patches are hidden."""
 
 from __future__ import annotations
 
 import random
+from itertools import groupby
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from config.recipe import Recipe
 from data.augment import MultiCrop
 from data.masking import block_mask, kept_patches
+from data.photometric import changed
 
 
 def multi_crop(recipe: Recipe, *, num_global: int | None = None, num_local: int | None = None) -> MultiCrop:
@@ -33,9 +37,10 @@ def multi_crop(recipe: Recipe, *, num_global: int | None = None, num_local: int 
 
 
 class Views:
-    """Samples {"crops": [(3, h, w), ...]}, the global crops first, which is all that DINO needs.
+    """Samples {"crops": [(3, h, w), ...], "changes": [(14,), ...]}, the global crops first: all that DINO needs.
 
-    Calls take a PIL image in RGB and a `random.Random`, from which all randomness comes.
+    The crops are uint8, and `finished` makes the changes of a batch of samples. Calls take a PIL image in RGB and a
+    `random.Random`, from which all randomness comes.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -45,7 +50,8 @@ class Views:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
         """Return the sample of `image`."""
-        return {"crops": self.multi_crop(image, rng)}
+        crops, changes = self.multi_crop.crops(image, rng)
+        return {"crops": crops, "changes": changes}
 
 
 class MaskedViews(Views):
@@ -78,3 +84,23 @@ _VIEWS: dict[str, type[Views]] = {"dino": Views, "ibot": MaskedViews, "msn": Par
 def build_views(recipe: Recipe) -> Views:
     """Return what turns an image into a sample of the recipe's method; PyTorch's collation makes batches of samples."""
     return _VIEWS[recipe.method](recipe)
+
+
+def finished(batch: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Return a batch of samples whose crops, on any device, have their changes made: float32, normalised.
+
+    The changes, which must be on the CPU, are then left out of it; a batch without them is returned as it is.
+    """
+    if "changes" not in batch:
+        return batch
+    crops: list[Tensor] = []
+    # Crops of one size are neighbours: together they need as few calls on the device as a single one.
+    for _, same in groupby(zip(batch["crops"], batch["changes"], strict=True), key=lambda pair: pair[0].shape):
+        some, changes = zip(*same, strict=True)
+        crops += changed(torch.cat(some), torch.cat(changes)).chunk(len(some))
+    return {name: tensors for name, tensors in batch.items() if name != "changes"} | {"crops": crops}
+
+
+def finished_batch(samples: list[dict[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+    """Return the batch of these samples, finished; a `collate_fn` for loaders."""
+    return finished(default_collate(samples))

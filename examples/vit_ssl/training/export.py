@@ -12,8 +12,9 @@ from transformers.models.vit.modeling_vit import ViTPooler
 from transformers.utils import logging as transformers_logging
 
 from config.recipe import Recipe
-from data.augment import MEAN, STD, EvalTransform
+from data.augment import EvalTransform
 from data.images import share_kept
+from data.photometric import MEAN, STD
 from methods.backbone import features
 from storage.checksums import write_checksums
 from storage.whole_file import whole_file, whole_folder

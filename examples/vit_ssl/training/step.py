@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from config.recipe import Recipe
+from data.views import finished
 from runtime.distributed import device, rank
 
 
 def to_device(batch: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """Return the tensors of a batch on this process' device."""
-    return {name: [x.to(device(), non_blocking=True) for x in tensors] for name, tensors in batch.items()}
+    """Return the tensors of a batch on this process' device, with the changes made that its crops still wait for."""
+    moved = {
+        name: tensors if name == "changes" else [x.to(device(), non_blocking=True) for x in tensors]
+        for name, tensors in batch.items()
+    }
+    return finished(moved)
 
 
 def check_statistics(statistics: dict[str, float], recipe: Recipe) -> None:
