@@ -74,7 +74,7 @@ LAYERS = [
         "mlp",
         "special",
     ],
-    ["prototypes", "optim", "parallel", "head", "centering", "hub", "_target_summary"],
+    ["prototypes", "regularizers", "optim", "parallel", "head", "centering", "hub", "_target_summary"],
     ["_logits"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
     ["mixture.concentration", "mixture._sampling", "mixture.distribution", "mixture._ranks", "mixture._seeding"],
