@@ -28,8 +28,9 @@ def prototype_koleo(directions: Tensor, *, floor: float = 1e-4) -> Tensor:
         loss = -(squares.amin(dim=1) + floor**2).log().mean() / 2
 
     The gradient is orthogonal to every v_k, so norms, and with them kappa, stay free. A pair of neighbours adds at most
-    1 / (2 K floor ||v_k||) to it, and nothing where they are equal: nothing says which way they should part. A single prototype has no neighbour, and the value 0. Which prototype is the nearest is decided by
-    cosines: in float32 it may be any of those at distances below 0.0005.
+    1 / (2 K floor ||v_k||) to it, and nothing where they are equal: nothing says which way they should part. A single
+    prototype has no neighbour, and the value 0. Which one is the nearest is decided by cosines: in float32 it may be
+    any of those at distances below 0.0005.
 
     Add it to a loss with a small weight. Where the prototypes belong to a model in DistributedDataParallel or FSDP2,
     take them from the output of its forward, so that their gradient is right::
