@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
 
 from benchmarks.augment import augment
 from benchmarks.concentration import concentration
+from benchmarks.distinct import distinct
 from benchmarks.evidence import evidence
 from benchmarks.fashion import fashion, fashion_folder, fashion_stability
 from benchmarks.faults import faults
@@ -43,6 +44,7 @@ COMMANDS = {
     "mixture-fit": mixture_fit,
     "warm-start": warm_start,
     "ood": ood,
+    "distinct": distinct,
     "faults": faults,
     "scale": scale,
     "rank-faults": rank_faults,

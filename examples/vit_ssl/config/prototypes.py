@@ -38,6 +38,6 @@ def check_prototypes(recipe: Any) -> None:
         return
     if recipe.method != "dino":
         raise ValueError(f"`online_em` must be null {of_method}: only DINO's prototypes can follow an online EM")
-    for name, allowed in (("normalization", "vmf"), ("prototype_koleo_weight", 0.0)):
-        why = f"{allowed!r} with `online_em`, whose prototypes are a vMF mixture that no gradient trains"
-        check_fields(recipe, (name,), why, lambda value, allowed=allowed: value == allowed)
+    why = "with `online_em`, whose prototypes are a vMF mixture that no gradient trains"
+    check_fields(recipe, ("normalization",), f"'vmf' {why}", lambda kind: kind == "vmf")
+    check_fields(recipe, ("prototype_koleo_weight",), f"0 {why}", lambda weight: weight == 0)

@@ -29,8 +29,8 @@ class OnlineMixture(nn.Module):
     A head has no weights, and the centre of the loss balances its targets as it does for prototypes that learn: the
     weights are for the E-step alone. The state is the mixture itself, in buffers that checkpoints hold.
 
-    Reference: Govindarajan et al., ICLR 2023, section 6, names the idea; Arteaga et al., arXiv 2510.20108, decouple
-    prototypes by online EM of Gaussian mixtures.
+    Reference: Govindarajan et al., ICLR 2023, section 6, relate DINO to stochastic EM and leave the rest to future work;
+    Arteaga et al., arXiv 2510.20108, decouple prototypes by online EM of a Gaussian mixture.
     """
 
     weights: Tensor
@@ -56,7 +56,7 @@ class OnlineMixture(nn.Module):
 
     def collect(self, output: Tensor | HeadOutput) -> None:
         """Keep the unit features (B, p) that the teacher's head returned for the update at the end of the step."""
-        self._rows.append((output.features if isinstance(output, HeadOutput) else output).float())
+        self._rows.append(output.features if isinstance(output, HeadOutput) else output)
 
     @torch.no_grad()
     def update_(self) -> dict[str, float]:
