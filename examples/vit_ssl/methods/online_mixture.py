@@ -29,8 +29,8 @@ class OnlineMixture(nn.Module):
     A head has no weights, and the centre of the loss balances its targets as it does for prototypes that learn: the
     weights are for the E-step alone. The state is the mixture itself, in buffers that checkpoints hold.
 
-    Reference: Govindarajan et al., ICLR 2023, section 6, relate DINO to stochastic EM and leave the rest to future work;
-    Arteaga et al., arXiv 2510.20108, decouple prototypes by online EM of a Gaussian mixture.
+    Reference: Govindarajan et al., ICLR 2023, section 6, relate DINO to stochastic EM, as future work; Arteaga et al.,
+    arXiv 2510.20108, decouple prototypes by online EM of a Gaussian mixture.
     """
 
     weights: Tensor
