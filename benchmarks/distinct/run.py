@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +17,17 @@ from vmf_heads.head import find_head
 from vmf_heads.mixture import CompressedMixture, VMFMixture, compress_mixture
 
 RECIPE = "photos_dino_vmf"
-EM = "online_em={{rows_per_prototype: 50, max_kappa: 1000, median_kappa: {}}}"
+EM = "online_em={{mlp: {}, rows_per_prototype: 50, max_kappa: 1000, median_kappa: 10}}"
 ARMS: dict[str, tuple[str, ...]] = {
     "learnt, as in the recipe": (),
     "learnt, KoLeo 0.1": ("prototype_koleo_weight=0.1",),
     "learnt, KoLeo 1": ("prototype_koleo_weight=1",),
-    "online EM, median κ 10": (EM.format(10),),
-    "online EM, κ as fitted": (EM.format(0),),
+    "online EM, random MLP": (EM.format("keep"),),
+    "online EM, isometric MLP": (EM.format("isometric"),),
 }
 """What differs from the recipe."""
-SIZES = (128, 1024)
+LENGTHS = {4: ("epochs=4", "warmup_epochs=1", "teacher_temp_warmup_epochs=2"), 16: ()}
+"""What makes a run of so many epochs; 16 are the recipe's."""
 BOUNDS = (0.01, 0.05)
 """Of the total variation that `compress_mixture` may change the targets by."""
 
@@ -34,21 +35,19 @@ BOUNDS = (0.01, 0.05)
 def distinct(
     *,
     seeds: tuple[int, ...] = (0, 1, 2),
-    sizes: tuple[int, ...] = SIZES,
+    epochs: tuple[int, ...] = tuple(LENGTHS),
     arms: tuple[str, ...] = tuple(ARMS),
-    split: Literal["val", "test"] = "test",
     output: Path = Path("runs/distinct"),
 ) -> None:
     """Pretrain photos_dino_vmf with each arm, count its prototypes, and compress its teacher's head.
 
     An interrupted command goes on where it stopped. Writes benchmarks/results/distinct_cpu_*.json, the table of
-    docs/mixture.md and its picture; with --split val, by which settings were chosen, it only prints.
+    docs/mixture.md and its picture, from all rows so far.
 
     Args:
         seeds: of the runs.
-        sizes: numbers of prototypes K.
+        epochs: lengths of the runs, keys of LENGTHS.
         arms: names of ARMS.
-        split: whose images kNN classifies.
         output: folder of the runs, and of the rows so far, distinct.jsonl.
     """
     from benchmarks.distinct.report import draw
@@ -59,49 +58,47 @@ def distinct(
     path = output / "distinct.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for seed in seeds:
-        for size in sizes:
+        for length in epochs:
             for arm in arms:
-                wanted = {"K": size, "arm": arm, "seed": seed, "split": split}
+                wanted = {"epochs": length, "arm": arm, "seed": seed}
                 if not any(wanted.items() <= row.items() for row in rows):
-                    rows.append(wanted | measured(pretrained(output, size, arm, seed), split))
+                    rows.append(wanted | measured(pretrained(output, length, arm, seed)))
                     with path.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
                     print(rows[-1], flush=True)
-    if split == "test":
-        finished = [row for row in rows if row["split"] == "test"]
-        print(results.write("distinct", "cpu", finished))
-        draw(finished)
-        update_docs()
+    print(results.write("distinct", "cpu", rows))
+    draw(rows)
+    update_docs()
 
 
-def pretrained(output: Path, size: int, arm: str, seed: int) -> Path:
+def pretrained(output: Path, epochs: int, arm: str, seed: int) -> Path:
     """The run of this arm; what was interrupted goes on."""
-    run = output / f"{size}-{list(ARMS).index(arm)}-seed{seed}"
+    run = output / f"{epochs}-{list(ARMS).index(arm)}-seed{seed}"
     if not (run / "backbone").exists():
         began, resume = time.process_time(), (run / "checkpoint.pt").exists()
-        overrides = (f"out_dim={size}", *ARMS[arm])
+        overrides = (*LENGTHS[epochs], *ARMS[arm])
         pretrain.main(pretrain.Options(RECIPE, run, seed=seed, overrides=overrides, resume=resume))
         print(f"{run}: {time.process_time() - began:.0f} CPU seconds")
     return run
 
 
-def measured(run: Path, split: Literal["val", "test"]) -> dict[str, Any]:
+def measured(run: Path) -> dict[str, Any]:
     """What is counted of a run's prototypes, kNN of its backbone, and its head compressed."""
-    request = Request(str(run), split=split)
+    request = Request(str(run), split="test")
     found = {row["metric"]: row["value"] for row in evaluate(request, "prototypes")}
     names = ("used_logits", "used_targets", "kappa_p05", "kappa_p50", "kappa_p95", "void", "mean_length")
     names += ("target_entropy", "marginal_entropy")
     rows: dict[str, Any] = {name: found[name] for name in names}
     rows["unique"] = {name.partition("@")[2] or "0.9": found[name] for name in found if name.startswith("unique")}
     rows["knn"] = evaluate(request, "knn")[-1]["value"]
-    return rows | {"compressed": compressed(load_run(run), split)}
+    return rows | {"compressed": compressed(load_run(run))}
 
 
-def compressed(run: Run, split: str) -> dict[str, dict[str, float]]:
+def compressed(run: Run) -> dict[str, dict[str, float]]:
     """By the bound: the prototypes that are left, and how much the targets of train images and of others change."""
     head, tau = find_head(run.method.teacher), run.recipe.teacher_temp
     features = make_features(run)
-    train, fresh = (head.features(torch.from_numpy(features(name).x)) for name in ("train", split))
+    train, fresh = (head.features(torch.from_numpy(features(name).x)) for name in ("train", "test"))
     mixture = VMFMixture.from_head(head, tau)
     centre = run.method.loss.centering.offset(tau)
     targets = VMFMixture((-centre).softmax(0), mixture.directions, mixture.kappa)  # responsibilities of Eq. 7

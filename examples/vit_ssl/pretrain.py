@@ -82,8 +82,7 @@ def train(options: Options) -> None:
     if state is None:
         start_from(method, options.init_backbone, options.init_head)
         if options.warm_start_head or recipe.online_em is not None:
-            mlp = "isometric" if options.warm_start_head else "keep"
-            fit_head(method, images, output, num_workers=workers, mlp=mlp)
+            fit_head(method, images, output, num_workers=workers)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device().type == "cuda")
     parallelize(
         method,

@@ -9,7 +9,7 @@ from config.recipe import RECIPES, Recipe, differences, load_recipe, recipe_from
 from methods.backbone import blocks
 from methods.registry import build_method
 
-EM = {"rows_per_prototype": 50, "max_kappa": 1000, "median_kappa": 0}
+EM = {"mlp": "keep", "rows_per_prototype": 50, "max_kappa": 1000, "median_kappa": 0}
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 

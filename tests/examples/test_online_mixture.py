@@ -18,7 +18,7 @@ from vmf_heads import VMFPrototypeHead
 from vmf_heads.centering import teacher_targets
 from vmf_heads.mixture import VMFMixture
 
-SETTINGS = {"rows_per_prototype": 50, "max_kappa": 1000, "median_kappa": 0}
+SETTINGS = {"mlp": "keep", "rows_per_prototype": 50, "max_kappa": 1000, "median_kappa": 0}
 TAU = 0.1
 
 

@@ -54,7 +54,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "ibot, KoLeo": ("photos_ibot_vmf", {"ibot.patch_out_dim": 31, "prototype_koleo_weight": 0.1}),
     "dino, online EM": (
         "photos_dino_vmf",
-        {"online_em": {"rows_per_prototype": 4, "max_kappa": 200, "median_kappa": 10}},
+        {"online_em": {"mlp": "keep", "rows_per_prototype": 4, "max_kappa": 200, "median_kappa": 10}},
     ),
 }
 DISTINCT = {"ibot, KoLeo": "fsdp2", "dino, online EM": "ddp"}

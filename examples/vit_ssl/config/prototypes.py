@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from config.settings import Ranges, check_fields, check_ranges
 
@@ -15,6 +15,7 @@ class OnlineEMSettings:
     See `methods.online_mixture`.
     """
 
+    mlp: Literal["isometric", "keep"]  # how the head's MLP begins: as a projection, or at random; see warm_start_
     rows_per_prototype: float  # memory: at each step the past counts as so many rows (global crops) per prototype
     max_kappa: float  # bound of every kappa of the mixture; a component of one row alone has no other
     median_kappa: float  # in the heads, by one factor for all kappa; 0: as the mixture has them

@@ -73,8 +73,8 @@ class OnlineMixture(nn.Module):
         if empty.any():
             everybody = gather_rows(rows.flatten()).view(-1, rows.shape[1])
             # A few of each step, so that no step's rows alone decide about the mixture.
-            fewest = online.mixture.log_prob(everybody).topk(max(1, len(everybody) // 16), largest=False)
-            online.reseed_(empty, everybody[fewest.indices])
+            worst = online.mixture.log_prob(everybody).topk(max(1, len(everybody) // 16), largest=False)
+            online.reseed_(empty, everybody[worst.indices])
         self._keep(online.mixture)
         return {"mixture_log_likelihood": log_likelihood, "mixture_empty": float(empty.sum())}
 
