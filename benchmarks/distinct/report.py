@@ -9,7 +9,16 @@ from benchmarks.evidence.summary import Rows, select, text
 from benchmarks.evidence.summary import table as markdown
 
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "mixture_distinct.svg"
-HEADER = ("epochs", "prototypes", "seeds", "unique at cosine 0.9", "at 0.5", "used by the targets", "median κ", "kNN, %")
+HEADER = (
+    "epochs",
+    "prototypes",
+    "seeds",
+    "unique at cosine 0.9",
+    "at 0.5",
+    "used by the targets",
+    "median κ",
+    "kNN, %",
+)
 HEADER += ("kNN minus the recipe's",)
 FEWER = ("epochs", "prototypes", "left at a bound of 1 %", "targets change", "on new images")
 FEWER += ("left at a bound of 5 %", "targets change", "on new images")
@@ -44,7 +53,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(rows: Rows) -> None:
-    """Unique prototypes by the cosine from which on two count as one, a panel for each length of the runs, means over seeds."""
+    """Unique prototypes by the cosine from which on two count as one, means over seeds; a panel for each length."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -46,7 +46,7 @@ def learn(mixture: OnlineMixture, truth: VMFMixture, steps: int) -> dict[str, fl
 def test_heads_get_the_targets_of_the_mixture_that_the_features_come_from() -> None:
     truth, mixture = known(), online_mixture(4, 6)
     mixture.start_(VMFMixture(torch.ones(4), torch.eye(6)[:4] + 0.3, torch.full((4,), 10.0)))
-    learn(mixture, truth, 60)
+    learn(mixture, truth, 30)
     head = VMFPrototypeHead(8, 4, bottleneck_dim=6)
     mixture.write_(head)
     features, _ = truth.sample(500, torch.Generator().manual_seed(1))
