@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "vit_ssl"))
 
 from benchmarks.augment import augment
 from benchmarks.concentration import concentration
+from benchmarks.distinct import distinct
 from benchmarks.evidence import evidence
 from benchmarks.fashion import fashion, fashion_folder, fashion_stability
 from benchmarks.faults import faults
@@ -41,6 +42,7 @@ COMMANDS = {
     "probes": probes,
     "photo-scenes": photo_scenes,
     "segmentation": segmentation,
+    "distinct": distinct,
     "evidence": evidence,
     "concentration": concentration,
     "mixture-fit": mixture_fit,

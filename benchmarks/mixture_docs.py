@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import concentration, mixture_fit, ood, results, warm_start
+from benchmarks import concentration, distinct, mixture_fit, ood, results, warm_start
 from benchmarks.marked_tables import filled
 
 DOCS = Path(__file__).parents[1] / "docs" / "mixture.md"
@@ -13,6 +13,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "mixture_fit": mixture_fit.table,
     "warm_start": warm_start.table,
     "ood": ood.table,
+    "distinct": distinct.table,
 }
 """By the name of the result file, which stands between the markers: what makes the table from it."""
 

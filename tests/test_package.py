@@ -74,7 +74,7 @@ LAYERS = [
         "mlp",
         "special",
     ],
-    ["prototypes", "optim", "parallel", "head", "centering", "hub", "_target_summary"],
+    ["prototypes", "regularizers", "optim", "parallel", "head", "centering", "hub", "_target_summary"],
     ["_logits"],
     ["_targets"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],

@@ -81,7 +81,7 @@ def train(options: Options) -> None:
     method = build_method(recipe).to(device()).train()
     if state is None:
         start_from(method, options.init_backbone, options.init_head)
-        if options.warm_start_head:
+        if options.warm_start_head or recipe.online_em is not None:
             fit_head(method, images, output, num_workers=workers)
     bfloat16 = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device().type == "cuda")
     parallelize(
@@ -202,7 +202,7 @@ def train_step(
 
     # ---------------------------------------------------------------------------------------------------- Clip
     grad_norm = clip_gradients(method.student, recipe.clip_grad, over=recipe.clip_grad_over)
-    if epoch < recipe.freeze_last_layer_epochs:
+    if epoch < recipe.freeze_last_layer_epochs or recipe.online_em is not None:
         drop_last_layer_gradients(method.student)
 
     # ---------------------------------------------------------------------------------------------------- Step
@@ -211,7 +211,8 @@ def train_step(
     # ------------------------------------------------------------- The teacher follows, as a moving average (EMA)
     ema_update(method.teacher, method.student, now.teacher_momentum)
 
-    of_step = method.center_statistics(epoch) | {"grad_norm": grad_norm}
+    # ----------------------- Prototypes that are a mixture follow the teacher's features; others have learnt above
+    of_step = method.follow_features() | method.center_statistics(epoch) | {"grad_norm": grad_norm}
     return [statistics | of_step for statistics in found]
 
 

@@ -9,6 +9,7 @@ from config.recipe import RECIPES, Recipe, differences, load_recipe, recipe_from
 from methods.backbone import blocks
 from methods.registry import build_method
 
+EM = {"mlp": "keep", "rows_per_prototype": 50, "max_kappa": 1000, "median_kappa": 0}
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -61,7 +62,7 @@ def test_a_saved_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None:
 
 def test_a_recipe_of_before_there_were_other_backbones_has_a_vit(recipe: Recipe) -> None:
     settings = dataclasses.asdict(recipe)
-    del settings["backbone"], settings["feature_grid"]
+    del settings["backbone"], settings["feature_grid"], settings["prototype_koleo_weight"], settings["online_em"]
     assert recipe_from_dict(settings) == recipe
 
 
@@ -150,11 +151,20 @@ def test_missing_and_unknown_fields_are_named(recipe: Recipe, tmp_path: Path) ->
         ("image_size", 31, r"`image_size` \(=31\) must be a multiple of `patch_size` \(=8\)"),
         ("hidden_size", 66, r"`hidden_size` \(=66\) must be a multiple of `num_attention_heads` \(=4\)"),
         ("warmup_epochs", 999, r"`warmup_epochs` \(=999\) must be at most `epochs` \(=\d+\)"),
+        ("prototype_koleo_weight", -0.1, r"`prototype_koleo_weight` \(=-0.1\) must be at least 0"),
+        ("online_em", EM | {"rows_per_prototype": 0}, r"`online_em.rows_per_prototype` \(=0.0\) must be positive"),
+        ("online_em", EM | {"max_kappa": -1}, r"`online_em.max_kappa` \(=-1.0\) must be positive"),
+        ("online_em", EM | {"median_kappa": -1}, r"`online_em.median_kappa` \(=-1.0\) must be at least 0"),
     ],
 )
 def test_bad_values_name_the_field_the_value_and_what_is_allowed(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe("photos_dino_vmf", {field: value})
+
+
+def test_prototypes_of_an_online_em_have_no_regulariser() -> None:
+    with pytest.raises(ValueError, match=r"`prototype_koleo_weight` \(=0.1\) must be 0 with `online_em`"):
+        load_recipe("photos_dino_vmf", {"online_em": EM, "prototype_koleo_weight": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -192,6 +202,10 @@ def test_bad_values_name_the_field_the_value_and_what_is_allowed(field: str, val
         ("msn", "normalization", "none", r"`normalization` \(=none\) must be 'l2' or 'vmf' with `method` \(='msn'\)"),
         ("msn", "fused_loss", True, r"`fused_loss` \(=True\) must be false with `method` \(='msn'\)"),
         ("msn", "msn", None, r"`msn` \(=None\) must hold that method's settings"),
+        ("msn", "prototype_koleo_weight", 0.1, r"`prototype_koleo_weight` \(=0.1\) must be 0 with `method` \(='msn'\)"),
+        ("msn", "online_em", EM, r"`online_em` must be null with `method` \(='msn'\): only DINO's"),
+        ("ibot", "online_em", EM, r"`online_em` must be null with `method` \(='ibot'\): only DINO's"),
+        ("dino", "online_em", EM, r"`normalization` \(=none\) must be 'vmf' with `online_em`, whose prototypes are"),
     ],
 )
 def test_a_methods_own_settings_are_checked_too(name: str, field: str, value: object, message: str) -> None:

@@ -10,6 +10,8 @@ from data.augmented_images import AugmentedImages
 from data.images import load_images
 from data.views import build_views, finished_batch
 from methods.registry import Method, build_method
+from vmf_heads.prototypes import Prototypes
+from vmf_heads.regularizers import prototype_koleo
 
 TINY = {"hidden_size": 16, "out_dim": 8, "num_hidden_layers": 1, "hidden_dim": 16, "bottleneck_dim": 8}
 RECIPES = [f"photos_{method}{form}" for method in ("dino", "ibot", "msn") for form in ("", "_vmf")]
@@ -77,3 +79,23 @@ def test_evaluation_sees_scores_and_targets(name: str) -> None:
     targets = method.targets(scores, 3)
     torch.testing.assert_close(targets.sum(1), torch.ones(6))
     assert (targets.argmax(1) != targets.argmax(1)[0]).any()
+
+
+@pytest.mark.parametrize(("name", "layers"), [("photos_dino_vmf", 1), ("photos_ibot_vmf", 1), ("photos_ibot", 2)])
+def test_koleo_counts_each_layer_of_prototypes_once_with_its_gradient(name: str, layers: int) -> None:
+    more = {"ibot.shared_head": False} if layers == 2 else {}
+    plain, spread = attached(name, **more), attached(name, **more, prototype_koleo_weight=0.5)
+    crops = batch(name)
+    losses = [method(crops, 0) for method in (plain, spread)]
+    own = {id(layer): layer for layer in spread.student.modules() if isinstance(layer, Prototypes)}
+    koleo = torch.stack([prototype_koleo(layer.weight_v) for layer in own.values()]).sum()
+    assert len(own) == layers
+    torch.testing.assert_close(losses[1][0], losses[0][0] + 0.5 * koleo)
+    torch.testing.assert_close(losses[1][1]["koleo"], koleo.detach())
+    torch.testing.assert_close(losses[1][1]["kl"], losses[0][1]["kl"])  # between targets and predictions alone
+    for loss, _ in losses:
+        loss.backward()
+    before, after = (method.student.head.last_layer.weight_v for method in (plain, spread))
+    (of_koleo,) = torch.autograd.grad(0.5 * prototype_koleo(before), before)
+    torch.testing.assert_close(after.grad, before.grad + of_koleo)
+    assert (of_koleo.abs() > 1e-3 * before.grad.abs()).any()

@@ -25,6 +25,7 @@ from training.schedules import Schedules
 from training.state import restore_state, whole_state
 from training.warm_start import fit_head
 from vmf_heads.head import find_head
+from vmf_heads.mixture import VMFMixture
 
 TINY: dict[str, Any] = {
     "dataset": "digits",
@@ -50,7 +51,13 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "dino, logit": ("photos_dino_vmf", {"centering": "logit"}),
     "ibot": ("photos_ibot_vmf", {"ibot.patch_out_dim": 31}),
     "msn": ("photos_msn_vmf", {}),
+    "ibot, KoLeo": ("photos_ibot_vmf", {"ibot.patch_out_dim": 31, "prototype_koleo_weight": 0.1}),
+    "dino, online EM": (
+        "photos_dino_vmf",
+        {"online_em": {"mlp": "keep", "rows_per_prototype": 4, "max_kappa": 200, "median_kappa": 10}},
+    ),
 }
+DISTINCT = {"ibot, KoLeo": "fsdp2", "dino, online EM": "ddp"}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {"strategy": "fsdp2"},
@@ -59,11 +66,12 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 CASES = [
     (name, strategy, accumulate)
-    for name, strategy, accumulate in product(RECIPES, STRATEGIES, (1, 2))
+    for name, strategy, accumulate in product([name for name in RECIPES if name not in DISTINCT], STRATEGIES, (1, 2))
     if (name, accumulate) != ("msn", 2)  # me-max is of a whole batch, by design
     and not ("prototypes" in strategy and name in ("msn", "dino, unfused"))  # they need all logits of a row
     and (strategy, accumulate) != ("ddp, prototypes", 2)  # which the other strategy tests
 ]
+CASES += [(name, strategy, 2) for name, strategy in DISTINCT.items()]
 SWITCHES = [("ddp", "fsdp2, prototypes"), ("fsdp2", "ddp, prototypes"), ("fsdp2, prototypes", "ddp")]
 SWITCHES += [("ddp, prototypes", "fsdp2")]
 
@@ -83,6 +91,8 @@ class Training:
         self.images = load_images("digits", "train")
         self.schedules = Schedules.of(recipe, steps_per_epoch=1)
         self.method = build_method(recipe).to(dtype).train()
+        if self.method.mixture is not None:
+            self.method.mixture.start_(VMFMixture.from_head(self.method.student))
         parallelize(self.method, **how)
         self.method.attach()
         self.optimizer = torch.optim.AdamW(parameter_groups(self.method.student))
@@ -263,6 +273,22 @@ def test_compiled_blocks_train_as_others() -> None:
     assert_equal(compiled.run([0]), Training(recipe).run([0]))
     for network in (compiled.method.student, compiled.method.teacher):
         assert all(block._compiled_call_impl for block in network.backbone.layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "message"),
+    [
+        ("dino, online EM", {"strategy": "fsdp2"}, r"`strategy` \(='fsdp2'\) must be 'ddp' with `online_em`"),
+        ("dino, online EM", {"prototype_parallel": 2}, r"`prototype_parallel` \(=2\) must be 1 with `online_em`"),
+        ("dino, online EM", {}, r"`online_em` needs more of the heads than logits: --set fused_loss=true"),
+        ("ibot, KoLeo", {"strategy": "fsdp2"}, r"`prototype_koleo_weight` \(=0.1\) needs more of the heads than"),
+    ],
+)
+def test_prototypes_that_are_kept_distinct_refuse_what_would_be_wrong(
+    name: str, how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        parallelize(build_method(tiny_recipe(name, fused_loss=False)), **how)
 
 
 def test_fsdp2_without_torchrun_is_refused() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config.methods import IBOTSettings, MSNSettings
+from config.prototypes import OnlineEMSettings
 from config.recipe import RECIPES, Recipe, load_recipe
 from config.settings import flat
 
@@ -25,9 +26,10 @@ class Field(NamedTuple):
 
 
 def fields() -> dict[str, Field]:
-    """Return every field of a recipe; those of one method alone are called `ibot.mask_ratio`, `msn.patch_drop`, ...."""
+    """Return every field of a recipe; those of a section are called `ibot.mask_ratio`, `msn.patch_drop`, ...."""
     found = _fields_of(Recipe)
-    for section, settings in {"ibot": IBOTSettings, "msn": MSNSettings}.items():
+    sections = {"ibot": IBOTSettings, "msn": MSNSettings, "online_em": OnlineEMSettings}
+    for section, settings in sections.items():
         found |= {f"{section}.{name}": field for name, field in _fields_of(settings).items()}
     return found
 
@@ -59,7 +61,7 @@ def _value(recipe: Recipe, name: str) -> str:
     if name in values:
         return str(values[name])
     inside = [f"{field}={value}" for field, value in values.items() if field.startswith(f"{name}.")]
-    return ", ".join(inside) or "no such field, its method being another"
+    return ", ".join(inside) or "no such field, its section being null"
 
 
 def _fields_of(settings: type[Any]) -> dict[str, Field]:

@@ -11,6 +11,7 @@ import yaml
 
 from config.backbone import check_backbone
 from config.methods import IBOTSettings, MSNSettings
+from config.prototypes import OnlineEMSettings, check_prototypes
 from config.settings import (
     LOWEST_TEMPERATURE,
     Ranges,
@@ -26,7 +27,7 @@ from config.yaml_file import parse_yaml, read_yaml
 from storage.whole_file import whole_file
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-EARLIER = {"augment_on": "cpu", "backbone": "vit", "feature_grid": 1}
+EARLIER = {"augment_on": "cpu", "backbone": "vit", "feature_grid": 1, "prototype_koleo_weight": 0.0, "online_em": None}
 """Fields that recipes and runs of earlier versions do not have, and what these were."""
 
 
@@ -87,6 +88,7 @@ class Recipe:
     teacher_temp: float  # the one that it rises to, linearly; lower means sharper targets; DINO 0.04 to 0.07
     teacher_temp_warmup_epochs: int  # epochs that it rises for
     fused_loss: bool  # loss and gradients without the (N, K) logits: less memory, the same numbers to rounding
+    prototype_koleo_weight: float  # of a term that keeps the prototypes' directions apart; experimental; 0: none
 
     # Optimisation.
     epochs: int  # how often every image is seen
@@ -109,10 +111,12 @@ class Recipe:
     # What only one method has; null for the others.
     ibot: IBOTSettings | None  # masked patches and their objective
     msn: MSNSettings | None  # random and focal views, me-max, Sinkhorn
+    online_em: OnlineEMSettings | None  # of DINO: prototypes by online EM; experimental; null: by the loss' gradient
 
     def __post_init__(self) -> None:
         check_ranges(self, _RANGES)
         check_backbone(self)
+        check_prototypes(self)
         within = f"at most `epochs` (={self.epochs})"
         check_fields(self, ("warmup_epochs", "teacher_temp_warmup_epochs"), within, lambda n: n <= self.epochs)
         self._check_method()
@@ -149,7 +153,7 @@ _COUNTS = ("epochs", "batch_size", "save_every", "num_hidden_layers", "hidden_di
 _SIZES = ("image_size", "local_size", "patch_size", "hidden_size", "num_attention_heads", "head_layers", "feature_grid")
 _NOT_NEGATIVE = ("num_workers", "num_local_crops", "warmup_epochs", "freeze_last_layer_epochs", "min_lr")
 _NOT_NEGATIVE += ("teacher_temp_warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad", "warmup_start_lr")
-_NOT_NEGATIVE += ("norms_lr_multiplier",)
+_NOT_NEGATIVE += ("norms_lr_multiplier", "prototype_koleo_weight")
 _RANGES: Ranges = (
     (_COUNTS + _SIZES, "at least 1", lambda value: value >= 1),
     (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),

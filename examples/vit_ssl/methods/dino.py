@@ -59,7 +59,10 @@ class DINO(Method):
         loss = self.loss(student_output, teacher_output, epoch, commit=commit)
         statistics: Statistics = {"teacher_temp": float(self.loss.teacher_temp_schedule[epoch])}
         statistics |= target_statistics(targets, loss.detach())
-        return loss, statistics | self.kappa_statistics()
+        koleo, of_koleo = self.koleo((self.loss.teacher, student_output))
+        if self.mixture is not None:
+            self.mixture.collect(teacher_output)
+        return loss + koleo, statistics | of_koleo | self.kappa_statistics()
 
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
         """Return the targets of Eq. 7 (N, K) for raw scores (N, K)."""

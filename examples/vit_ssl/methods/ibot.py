@@ -102,7 +102,8 @@ class IBOT(Method):
         statistics |= target_statistics(targets, cls / self.settings.cls_weight)
         of_patches = target_statistics(patch_targets, patch)
         statistics |= {f"patch_{name}": of_patches[name] for name in ("target_entropy", "marginal_entropy")}
-        return losses["loss"], statistics | self.kappa_statistics()
+        koleo, of_koleo = self.koleo(*zip((self.loss.teacher, self.loss.teacher2), student_output, strict=True))
+        return losses["loss"] + koleo, statistics | of_koleo | self.kappa_statistics()
 
     def _masks(self, batch: Batch, epoch: int) -> list[Tensor]:
         if epoch < self.settings.mask_start_epoch:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from config.recipe import Recipe
+from methods.online_mixture import OnlineMixture
 from methods.statistics import kappa_statistics
 from vmf_heads import HeadOutput, TeacherTargets
 from vmf_heads.centering import teacher_targets
 from vmf_heads.head import PrototypeHead, find_head
 from vmf_heads.hub import PretrainedHead
+from vmf_heads.regularizers import prototype_koleo
 
 Batch = Mapping[str, list[Tensor]]
 """The collated views that the method's part of `data.views` makes."""
@@ -30,12 +32,13 @@ class Method(nn.Module, ABC):
 
     `build(drop_path)` makes one network: the student with the recipe's drop path, then the teacher without. What DDP,
     FSDP2 and compile wrap is `student` and `teacher`: replace the attributes, or change them in place, then `attach`.
-    The buffers of `loss` are its centres.
+    The buffers of `loss` are its centres. `mixture` is None where the loss' gradient trains the prototypes.
     """
 
     student: nn.Module
     teacher: nn.Module
     loss: nn.Module
+    mixture: OnlineMixture | None
 
     def __init__(self, recipe: Recipe, build: Callable[[float], nn.Module], loss: nn.Module) -> None:
         super().__init__()
@@ -46,6 +49,7 @@ class Method(nn.Module, ABC):
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.loss = loss
+        self.mixture = None if recipe.online_em is None else OnlineMixture(recipe.online_em, recipe)
 
     @abstractmethod
     def attach(self) -> None:
@@ -103,6 +107,30 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def targets(self, scores: Tensor, epoch: int) -> Tensor:
         """Return the targets (N, K) the teacher would set for [CLS] tokens of these raw scores (N, K) at this epoch."""
+
+    def koleo(self, *heads: tuple[TeacherTargets, Any]) -> tuple[Tensor | float, Statistics]:
+        """Return the weighted term that keeps the student's prototypes apart, and its statistics, or nothing of both.
+
+        `heads` are the loss' sides and what the student returned for them. A `HeadOutput` among these has prototypes
+        that left the model through its forward: under FSDP2 those read from outside would have wrong gradients.
+        """
+        if self.recipe.prototype_koleo_weight == 0:
+            return 0.0, {}
+        directions = {}  # by layer: two sides may share one
+        for side, output in heads:
+            layer = side.layers[0]
+            whole = output if isinstance(output, HeadOutput) else layer.with_features(output)
+            directions[id(layer)] = whole.directions
+        koleo = torch.stack([prototype_koleo(found) for found in directions.values()]).sum()
+        return self.recipe.prototype_koleo_weight * koleo, {"koleo": koleo.detach()}
+
+    def follow_features(self) -> Statistics:
+        """Let prototypes that are a mixture follow the teacher's features of a step, at its end; return statistics."""
+        if self.mixture is None:
+            return {}
+        statistics: Statistics = {**self.mixture.update_()}
+        self.mixture.write_(self.student, self.teacher)
+        return statistics
 
     def kappa_statistics(self) -> dict[str, Tensor]:
         """Return the quantiles of kappa = ||w|| / student_temp over the student's prototypes."""

@@ -44,9 +44,10 @@ def parallelize(
     - `activation_checkpointing`: the student's blocks are computed again in the backward pass instead of remembered.
 
     Raises ValueError for FSDP2 without torchrun, for BatchNorm in several processes without GPUs, for FSDP2 and
-    activation checkpointing of a ResNet, and for a `prototype_parallel` that does not divide the number of processes or
-    whose loss is not fused.
+    activation checkpointing of a ResNet, for a `prototype_parallel` that does not divide the number of processes or
+    whose loss is not fused, and for what keeps prototypes distinct where these are in parts or the loss is not fused.
     """
+    _check_distinct_prototypes(method, strategy, prototype_parallel)
     if method.recipe.backbone == "resnet":
         _check_resnet(strategy, activation_checkpointing)
     if strategy == "fsdp2" and not dist.is_initialized():
@@ -122,6 +123,20 @@ def _share_prototypes(method: Method, parts: int) -> None:
     mesh = init_device_mesh(device().type, (parts,) if copies == 1 else (copies, parts))
     for network in (method.student, method.teacher):
         shard_prototypes(network, mesh)
+
+
+def _check_distinct_prototypes(method: Method, strategy: Strategy, prototype_parallel: int) -> None:
+    recipe = method.recipe
+    wanted = f"`prototype_koleo_weight` (={recipe.prototype_koleo_weight})" if recipe.prototype_koleo_weight else ""
+    wanted = "`online_em`" if recipe.online_em is not None else wanted
+    if not wanted:
+        return
+    if prototype_parallel > 1:
+        raise ValueError(f"`prototype_parallel` (={prototype_parallel}) must be 1 with {wanted}")
+    if recipe.online_em is not None and strategy != "ddp":
+        raise ValueError(f"`strategy` (={strategy!r}) must be 'ddp' with `online_em`, which writes whole prototypes")
+    if not recipe.fused_loss and (recipe.online_em is not None or strategy != "ddp"):
+        raise ValueError(f"{wanted} needs more of the heads than logits: --set fused_loss=true")
 
 
 def _check_resnet(strategy: Strategy, activation_checkpointing: bool) -> None:

@@ -19,7 +19,7 @@ def whole_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, A
     Every process must call it, because what FSDP2 has cut is gathered, tensor by tensor. Only the main one gets the
     values; the others' are empty.
     """
-    parts = {"student": unwrap(method.student), "teacher": unwrap(method.teacher), "loss": method.loss}
+    parts = _parts(method)
     named = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
     saved = optimizer.state_dict()
     # Parameters are numbered by group, which no strategy changes; one that was frozen until now has no moments.
@@ -29,8 +29,7 @@ def whole_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, A
 
 def restore_state(method: Method, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load what `whole_state` returned on the main process, cut as the networks at hand are cut."""
-    parts = {"student": unwrap(method.student), "teacher": unwrap(method.teacher), "loss": method.loss}
-    for part, module in parts.items():
+    for part, module in _parts(method).items():
         _load(module, {name[len(part) + 1 :]: v for name, v in state["method"].items() if name.startswith(f"{part}.")})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
@@ -38,6 +37,11 @@ def restore_state(method: Method, optimizer: torch.optim.Optimizer, state: dict[
         for number, values in state["optimizer"]["state"].items()
     }
     optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+
+
+def _parts(method: Method) -> dict[str, nn.Module]:
+    parts = {"student": unwrap(method.student), "teacher": unwrap(method.teacher), "loss": method.loss}
+    return parts if method.mixture is None else parts | {"mixture": method.mixture}
 
 
 def _load(module: nn.Module, state: dict[str, Tensor]) -> None:

@@ -87,13 +87,18 @@ def fit_head(
     Call it before the networks are wrapped; every process must call it. See `vmf_heads.mixture.warm_start_`: the MLP
     begins as a projection onto principal directions, and kappa with a median of 1 / `student_temp`. Of iBOT's head it
     is the part for [CLS]. All processes get the same head, and with any number of them it is the same to rounding.
-    `options` replace those of `warm_start_`. Returns the fit.
+    `options` replace those of `warm_start_`. Prototypes by online EM begin with the same fit, behind the MLP that
+    `online_em.mlp` names. Returns the fit.
     """
     recipe = method.recipe
     features = _global_crops(method, images, output, num_workers)
     student = find_head(method.student)
-    options = {"median_kappa": 1 / recipe.student_temp, "seed": recipe.seed % 2**62} | options
+    mlp = "isometric" if recipe.online_em is None else recipe.online_em.mlp
+    options = {"median_kappa": 1 / recipe.student_temp, "seed": recipe.seed % 2**62, "mlp": mlp} | options
     fit = warm_start_(student, features, temperature=recipe.student_temp, process_group=group_of_one(), **options)
+    if method.mixture is not None:
+        method.mixture.start_(fit.mixture)
+        method.mixture.write_(student)
     if world_size() > 1:
         for tensor in (*student.parameters(), *student.buffers()):
             dist.broadcast(tensor.data, src=0)  # whatever the processors of other machines round
