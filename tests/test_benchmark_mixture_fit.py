@@ -31,7 +31,7 @@ from vmf_heads.mixture import VMFMixture, fit_vmf_mixture
 
 
 def test_a_small_problem_has_every_method_and_em_fits_best() -> None:
-    rows = measure(Problem("tiny", 4, 1200, 8, (10, 60), 2, 40, 2, 10, spherecluster=False))
+    rows = list(measure(Problem("tiny", 4, 1200, 8, (10, 60), 2, 40, 2, 10, spherecluster=False)))
     first = {row["method"]: row for row in rows if row["seed"] == 0}
     assert set(first) == {EM, ONLINE, K_MEANS, SHORT_EM, TEXTBOOK, TRUTH}
     assert first[EM]["fitted"] >= max(first[ONLINE]["fitted"], first[K_MEANS]["fitted"]) - 1e-3

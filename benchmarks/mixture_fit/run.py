@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,10 +85,12 @@ def mixture_fit(
     from benchmarks.mixture_docs import update_docs  # it imports the tables of all benchmarks of that page
 
     torch.set_num_threads(threads)
-    rows = []
-    for name, problem in PROBLEMS.items():
-        rows += measure(problem, spherecluster) if name in problems else kept_rows(problem)
-    print(results.write("mixture_fit", "cpu", rows))
+    rows = [row for name, problem in PROBLEMS.items() if name not in problems for row in kept_rows(problem)]
+    for name in problems:
+        for row in measure(PROBLEMS[name], spherecluster):
+            tqdm.write(str(row))
+            rows = sorted([*rows, row], key=lambda row: [each.name for each in PROBLEMS.values()].index(row["problem"]))
+            results.write("mixture_fit", "cpu", rows)  # so that a run that is interrupted leaves what it has found
     figures.draw(SMALL.truth(torch.Generator().manual_seed(0)), SMALL.rows)
     update_docs()
 
@@ -101,9 +103,8 @@ def kept_rows(problem: Problem) -> list[dict[str, Any]]:
         return []
 
 
-def measure(problem: Problem, spherecluster: Path | None = None) -> list[dict[str, Any]]:
+def measure(problem: Problem, spherecluster: Path | None = None) -> Iterator[dict[str, Any]]:
     """One row per method and seed. Seconds are those of the CPU, of all threads together, without the start."""
-    rows = []
     for seed in tqdm(range(problem.seeds), desc=problem.name):
         generator = torch.Generator().manual_seed(seed)
         truth = problem.truth(generator)
@@ -127,21 +128,17 @@ def measure(problem: Problem, spherecluster: Path | None = None) -> list[dict[st
             found = fit()
             cpu_seconds = time.process_time() - began
             exact = found.mixture.to(torch.float64)
-            rows.append(
-                {
-                    "problem": problem.name,
-                    "method": method,
-                    "seed": seed,
-                    "passes": found.passes,
-                    "cpu_seconds": round(cpu_seconds if found.cpu_seconds is None else found.cpu_seconds, 2),
-                    "start_cpu_seconds": round(start_seconds, 2),
-                    "fitted": round(exact.log_prob(features).mean().item(), 6),
-                    "fresh": round(exact.log_prob(fresh).mean().item(), 6),
-                    "kappa_error": round(kappa_error(exact, truth.to(torch.float64)), 4),
-                }
-            )
-            tqdm.write(str(rows[-1]))
-    return rows
+            yield {
+                "problem": problem.name,
+                "method": method,
+                "seed": seed,
+                "passes": found.passes,
+                "cpu_seconds": round(cpu_seconds if found.cpu_seconds is None else found.cpu_seconds, 2),
+                "start_cpu_seconds": round(start_seconds, 2),
+                "fitted": round(exact.log_prob(features).mean().item(), 6),
+                "fresh": round(exact.log_prob(fresh).mean().item(), 6),
+                "kappa_error": round(kappa_error(exact, truth.to(torch.float64)), 4),
+            }
 
 
 def em(features: Tensor, start: VMFMixture, passes: int, **options: Any) -> Fit:
