@@ -136,6 +136,16 @@ def test_empty_components_are_moved_to_the_data():
     assert fit.log_likelihood > fit_vmf_mixture(features, 2).log_likelihood + 1
 
 
+def test_places_for_empty_components_lie_far_from_the_components_and_from_each_other():
+    e = torch.eye(3)
+    features = torch.cat([e[:1].repeat(100, 1), e[1:2].repeat(20, 1), e[2:].repeat(20, 1)])
+    mixture = VMFMixture(torch.ones(1), e[:1], torch.tensor([10.0]))
+    places = _steps.distant_rows(mixture, features, torch.Generator().manual_seed(0))
+    assert len(places) == _steps.PLACES < 40
+    assert not (places @ e[0]).any()
+    assert places[0] @ places[1] == 0
+
+
 def test_kappa_is_bounded_by_the_dispersion_of_the_data():
     """Ten copies of each of three points: without a bound the likelihood is infinite."""
     features = torch.eye(6)[:3].repeat(10, 1)

@@ -1,4 +1,4 @@
-"""Fits of mixtures whose truth is known, ours and spherical k-means."""
+"""Fits of mixtures whose truth is known, ours and those of peers."""
 
 from benchmarks.mixture_fit.run import mixture_fit, table
 

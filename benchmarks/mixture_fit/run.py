@@ -1,23 +1,29 @@
-"""`python -m benchmarks mixture-fit`: fit_vmf_mixture and scikit-learn's k-means on mixtures of known truth."""
+"""`python -m benchmarks mixture-fit`: fit_vmf_mixture and its peers on mixtures of known truth."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks import results
 from benchmarks.mixture_fit import figures
+from benchmarks.mixture_fit.spherecluster_process import spherecluster_em
+from benchmarks.mixture_fit.textbook import textbook_em
 from vmf_heads.mixture import VMFMixture, fit_vmf_mixture, vmf_concentration
 
 EM, ONLINE, K_MEANS, TRUTH = "EM", "online EM, batches of 4096", "k-means, then vMF", "the true mixture"
+SHORT_EM, TEXTBOOK, SPHERECLUSTER = "EM, as many M-steps as below", "textbook EM", "spherecluster2"
+BESIDE = {ONLINE: EM, K_MEANS: EM, TRUTH: EM, TEXTBOOK: SHORT_EM, SPHERECLUSTER: SHORT_EM}
+"""By method: which of ours its likelihood is compared with, on the same rows."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Problem:
     seeds: int
     passes: int  # at most, of EM and of k-means
     online_passes: int
+    peer_passes: int  # M-steps of other programs for EM
+    spherecluster: bool  # whether it is small enough for a program that loops over rows and components
 
     def truth(self, generator: torch.Generator) -> VMFMixture:
         """The mixture that rows are drawn from."""
@@ -44,28 +52,45 @@ class Problem:
         )
 
 
-SMALL = Problem("K = 32, N = 20 000, p = 64", 32, 20_000, 64, (30, 600), seeds=5, passes=100, online_passes=10)
-LARGE = Problem("K = 1024, N = 100 000, p = 256", 1024, 100_000, 256, (100, 2000), seeds=1, passes=10, online_passes=2)
+SMALL = Problem("K = 32, N = 20 000, p = 64", 32, 20_000, 64, (30, 600), 5, 100, 10, 20, spherecluster=True)
+LARGE = Problem("K = 1024, N = 100 000, p = 256", 1024, 100_000, 256, (100, 2000), 1, 100, 2, 10, spherecluster=False)
+PROBLEMS = {"small": SMALL, "large": LARGE}
 
 
-def mixture_fit(*, large: bool = False, threads: int = 2) -> None:
+@dataclass(frozen=True)
+class Fit:
+    """What a method found."""
+
+    mixture: VMFMixture
+    passes: int = 0
+    cpu_seconds: float | None = None  # where the method has measured it itself
+
+
+def mixture_fit(
+    *,
+    problems: tuple[Literal["small", "large"], ...] = ("small",),
+    threads: int = 2,
+    spherecluster: Path | None = None,
+) -> None:
     """Fit mixtures of known truth from one k-means++ start each, and score fresh rows under the fits.
 
     Writes benchmarks/results/mixture_fit_cpu_*.json, the table of docs/mixture.md, and two pictures in docs/images.
 
     Args:
-        large: also K = 1024, N = 100 000, p = 256, which takes some minutes; without it an earlier figure stays.
+        problems: which to measure; large is K = 1024, N = 100 000, p = 256 and takes some minutes. Earlier figures of a
+            problem that is left out stay.
         threads: CPU threads.
+        spherecluster: the Python of an environment that has spherecluster2, to measure it, too.
     """
     from benchmarks.mixture_docs import update_docs  # it imports the tables of all benchmarks of that page
 
     torch.set_num_threads(threads)
-    rows = measure(SMALL)
-    if large:
-        rows += measure(LARGE)
-    else:
-        rows += kept_rows(LARGE)
-    print(results.write("mixture_fit", "cpu", rows))
+    rows = [row for name, problem in PROBLEMS.items() if name not in problems for row in kept_rows(problem)]
+    for name in problems:
+        for row in measure(PROBLEMS[name], spherecluster):
+            tqdm.write(str(row))
+            rows = sorted([*rows, row], key=lambda row: [each.name for each in PROBLEMS.values()].index(row["problem"]))
+            results.write("mixture_fit", "cpu", rows)  # so that a run that is interrupted leaves what it has found
     figures.draw(SMALL.truth(torch.Generator().manual_seed(0)), SMALL.rows)
     update_docs()
 
@@ -78,58 +103,73 @@ def kept_rows(problem: Problem) -> list[dict[str, Any]]:
         return []
 
 
-def measure(problem: Problem) -> list[dict[str, Any]]:
+def measure(problem: Problem, spherecluster: Path | None = None) -> Iterator[dict[str, Any]]:
     """One row per method and seed. Seconds are those of the CPU, of all threads together, without the start."""
-    rows = []
     for seed in tqdm(range(problem.seeds), desc=problem.name):
         generator = torch.Generator().manual_seed(seed)
         truth = problem.truth(generator)
         features, fresh = truth.sample(problem.rows, generator)[0], truth.sample(10_000, generator)[0]
         began = time.process_time()
-        start = fit_vmf_mixture(features, problem.components, max_iterations=1, seed=seed).mixture
-        start_seconds = time.process_time() - began
-        contenders: dict[str, Callable[[], VMFMixture]] = {
+        first = fit_vmf_mixture(features, problem.components, max_iterations=1, seed=seed)
+        start, start_seconds = first.mixture, time.process_time() - began
+        contenders: dict[str, Callable[[], Fit]] = {
             EM: partial(em, features, start, problem.passes),
             ONLINE: partial(em, features, start, problem.online_passes, batch_size=4096),
-            K_MEANS: partial(k_means, features, start, problem.passes),
-            TRUTH: partial(VMFMixture.to, truth, torch.float32),
+            K_MEANS: partial(k_means, features, start, problem.passes, first.max_kappa),
+            # Its last pass is an E-step alone.
+            SHORT_EM: partial(em, features, start, problem.peer_passes + 1, tolerance=-math.inf),
+            TEXTBOOK: partial(textbook, features, start, problem.peer_passes, first.max_kappa),
         }
+        if spherecluster is not None and problem.spherecluster:
+            contenders[SPHERECLUSTER] = partial(sphere, spherecluster, features, start, problem.peer_passes)
+        contenders[TRUTH] = partial(Fit, truth)
         for method, fit in contenders.items():
             began = time.process_time()
-            mixture = fit()
-            rows.append(
-                {
-                    "problem": problem.name,
-                    "method": method,
-                    "seed": seed,
-                    "cpu_seconds": round(time.process_time() - began, 1),
-                    "start_cpu_seconds": round(start_seconds, 1),
-                    "fitted": round(mixture.log_prob(features).mean().item(), 4),
-                    "fresh": round(mixture.log_prob(fresh).mean().item(), 4),
-                    "kappa_error": round(kappa_error(mixture, truth), 4),
-                }
-            )
-            tqdm.write(str(rows[-1]))
-    return rows
+            found = fit()
+            cpu_seconds = time.process_time() - began
+            exact = found.mixture.to(torch.float64)
+            yield {
+                "problem": problem.name,
+                "method": method,
+                "seed": seed,
+                "passes": found.passes,
+                "cpu_seconds": round(cpu_seconds if found.cpu_seconds is None else found.cpu_seconds, 2),
+                "start_cpu_seconds": round(start_seconds, 2),
+                "fitted": round(exact.log_prob(features).mean().item(), 6),
+                "fresh": round(exact.log_prob(fresh).mean().item(), 6),
+                "kappa_error": round(kappa_error(exact, truth.to(torch.float64)), 4),
+            }
 
 
-def em(features: Tensor, start: VMFMixture, passes: int, **options: Any) -> VMFMixture:
+def em(features: Tensor, start: VMFMixture, passes: int, **options: Any) -> Fit:
     """Ours from this start."""
-    return fit_vmf_mixture(features, start.num_components, init=start, max_iterations=passes, **options).mixture
+    found = fit_vmf_mixture(features, start.num_components, init=start, max_iterations=passes, **options)
+    return Fit(found.mixture, len(found.log_likelihoods))
 
 
-def k_means(features: Tensor, start: VMFMixture, passes: int) -> VMFMixture:
+def textbook(features: Tensor, start: VMFMixture, passes: int, max_kappa: float) -> Fit:
+    """The oracle from this start."""
+    return Fit(textbook_em(features, start, passes, max_kappa), passes)
+
+
+def sphere(python: Path, features: Tensor, start: VMFMixture, passes: int) -> Fit:
+    """spherecluster2 from this start."""
+    mixture, cpu_seconds = spherecluster_em(python, features, start, passes)
+    return Fit(mixture, passes, cpu_seconds)
+
+
+def k_means(features: Tensor, start: VMFMixture, passes: int, max_kappa: float) -> Fit:
     """scikit-learn's k-means on the unit vectors from this start; each cluster becomes a component.
 
     Its distance orders points like the cosine as long as its centres, the means, have about one length. The likelihood
     would be infinite for a cluster of one point: kappa has the bound that the EM fits have.
     """
     found = KMeans(start.num_components, init=start.directions.numpy(), n_init=1, max_iter=passes).fit(features.numpy())
-    one_hot = F.one_hot(torch.from_numpy(found.labels_).long(), start.num_components).to(features)
-    total, count = one_hot.T @ features, one_hot.sum(0)
-    bound = fit_vmf_mixture(features, 1, max_iterations=1).max_kappa
-    kappa = vmf_concentration((total.norm(dim=1) / count).clamp(max=1), features.shape[1]).clamp(max=bound)
-    return VMFMixture(count, total, kappa)
+    labels = torch.from_numpy(found.labels_).long()
+    count = torch.bincount(labels, minlength=start.num_components).to(features)
+    total = torch.zeros_like(start.directions).index_add_(0, labels, features)
+    kappa = vmf_concentration((total.norm(dim=1) / count).clamp(max=1), features.shape[1]).clamp(max=max_kappa)
+    return Fit(VMFMixture(count, total, kappa), found.n_iter_)
 
 
 def kappa_error(mixture: VMFMixture, truth: VMFMixture) -> float:
@@ -139,19 +179,37 @@ def kappa_error(mixture: VMFMixture, truth: VMFMixture) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Mean and, over several seeds, standard deviation of each figure."""
-    lines = ["| problem | method | CPU seconds | nats per row fitted | nats per fresh row | median error of κ |"]
-    lines.append("|" + " --- |" * 6)
+    """Likelihoods as means and, over several seeds, standard deviations; of the rest the medians over the seeds."""
+    titles = ("problem", "method", "passes", "CPU seconds", "nats per row fitted", "minus EM's", "nats per fresh row")
+    lines = ["| " + " | ".join(titles) + " | median error of κ |", "|" + " --- |" * 8]
     for key in dict.fromkeys((row["problem"], row["method"]) for row in result["rows"]):
-        own = [row for row in result["rows"] if (row["problem"], row["method"]) == key]
-        cells = [_cell(own, name, digits) for name, digits in (("fitted", 2), ("fresh", 2))]
-        error = f"{100 * float(np.mean([row['kappa_error'] for row in own])):.1f} %"
-        time_taken = "" if key[1] == TRUTH else f"{np.mean([row['cpu_seconds'] for row in own]):.1f}"
-        lines.append(f"| {key[0]} | {key[1]} | {time_taken} | {cells[0]} | {cells[1]} | {error} |")
+        own = _rows(result, *key)
+        beside = _rows(result, key[0], BESIDE[key[1]]) if key[1] in BESIDE else []
+        differences = (
+            [one["fitted"] - other["fitted"] for one, other in zip(own, beside, strict=True)] if beside else []
+        )
+        # One time that other work on the machine has lengthened does not move a median.
+        passes, seconds, error = (
+            float(np.median([row[name] for row in own])) for name in ("passes", "cpu_seconds", "kappa_error")
+        )
+        cells = [
+            *key,
+            "" if key[1] == TRUTH else f"{passes:.0f}",
+            "" if key[1] == TRUTH else f"{seconds:.2g}" if seconds < 10 else f"{seconds:.0f}",
+            _mean([row["fitted"] for row in own], ".2f"),
+            _mean(differences, "+.4f") if key[1] in BESIDE else "",
+            _mean([row["fresh"] for row in own], ".2f"),
+            f"{100 * error:.1f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(rows: list[dict[str, Any]], name: str, digits: int) -> str:
-    values = np.array([row[name] for row in rows])
-    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
+def _rows(result: dict[str, Any], problem: str, method: str) -> list[dict[str, Any]]:
+    """By seed, in one order."""
+    return [row for row in result["rows"] if (row["problem"], row["method"]) == (problem, method)]
+
+
+def _mean(values: list[float], form: str) -> str:
+    spread = f" ± {np.std(values, ddof=1):{form.removeprefix('+')}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}".replace("-", "−") + spread

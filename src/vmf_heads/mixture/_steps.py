@@ -21,8 +21,8 @@ from ._ranks import gather_rows
 from .concentration import vmf_concentration
 from .distribution import VMFMixture
 
-# So many rows of each rank are kept as places for components that have become empty.
-SPARE_ROWS = 32
+PLACES = 32  # rows of each rank at most that components which have become empty are moved to, after one pass
+CANDIDATES = 4096  # rows of each rank that those are drawn from
 
 
 @dataclass(frozen=True)
@@ -40,49 +40,13 @@ class Statistics:
         return Statistics(self.weight / n, self.total / n, self.log_likelihood / n, 1)
 
 
-class Spares:
-    """A few rows, drawn with probabilities proportional to 1 - cosine to their most probable component.
-
-    Of all rows those are kept whose log(1 - cosine) plus Gumbel noise is largest: a weighted sample without
-    replacement, in one pass.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
-        self._keys = torch.empty(0)
-        self._rows = torch.empty(0)
-
-    def add_(self, rows: Tensor, cosine: Tensor) -> None:
-        """Consider these rows (n, p) with their cosines (n,)."""
-        uniform = torch.rand(len(rows), generator=self._generator).clamp(min=1e-30)
-        keys = (1 - cosine.float().cpu()).clamp(min=1e-12).log() - (-uniform.log()).log()
-        if len(self._keys):
-            keys, rows = torch.cat([self._keys, keys]), torch.cat([self._rows, rows])
-        self._keys, best = keys.topk(min(SPARE_ROWS, len(keys)))
-        self._rows = rows[best.to(rows.device)]
-
-    def gathered(self, process_group: dist.ProcessGroup | None) -> Tensor:
-        """The rows of all ranks, each the farthest from those before it; every rank must call."""
-        keyed = torch.cat([self._keys[:, None].to(self._rows), self._rows], dim=1)
-        keyed = gather_rows(keyed, SPARE_ROWS, process_group)
-        rows = keyed[:, 1:]
-        order = [int(keyed[:, 0].argmax())]
-        cosine = rows @ rows.T
-        while len(order) < len(rows):
-            nearest = cosine[:, order].amax(dim=1)
-            nearest[order] = torch.inf
-            order.append(int(nearest.argmin()))
-        return rows[order]
-
-
 @torch.no_grad()
-def expectation(
-    mixture: VMFMixture,
-    features: Tensor,
-    process_group: dist.ProcessGroup | None = None,
-    spares: Spares | None = None,
-) -> Statistics:
-    """The E-step over unit vectors (N, p), in chunks: no tensor (N, K) exists. One all-reduce sums over the ranks."""
+def expectation(mixture: VMFMixture, features: Tensor, process_group: dist.ProcessGroup | None = None) -> Statistics:
+    """The E-step over unit vectors (N, p), in chunks: no tensor (N, K) exists. One all-reduce sums over the ranks.
+
+    It costs little more than its two matrix products. The likelihood comes from the softmax: of every row,
+    log sum exp of the joint = its largest joint - log of its largest responsibility, which is at least 1/K.
+    """
     scaled, offset = mixture.natural_parameters()
     columns = mixture.dim + 1
     # One tensor, so that one all-reduce does: a row for each component, and one for the likelihood and the rows.
@@ -91,11 +55,8 @@ def expectation(
         for chunk in features.split(rows_per_chunk(mixture.num_components, scaled.device, buffers=3)):
             y = chunk.to(scaled)
             joint = F.linear(y, scaled, offset)
-            log_prob = joint.logsumexp(dim=1, keepdim=True)
-            if spares is not None:
-                winner = mixture.directions[joint.argmax(dim=1)]
-                spares.add_(y, (y * winner).sum(dim=1))
-            responsibility = joint.sub_(log_prob).exp_()
+            responsibility = joint.softmax(dim=1)
+            log_prob = joint.amax(dim=1) - responsibility.amax(dim=1).log()
             sums[:-1, 0] += responsibility.sum(dim=0)
             sums[:-1, 1:] += responsibility.T @ y
             sums[-1, 0] += log_prob.sum(dtype=torch.float64)
@@ -137,3 +98,33 @@ def reseed(mixture: VMFMixture, empty: Tensor, places: Tensor) -> VMFMixture:
     weights[moved] = weights[~empty].median()
     kappa[moved] = kappa[~empty].median()
     return VMFMixture(weights, directions, kappa)
+
+
+@torch.no_grad()
+def distant_rows(
+    mixture: VMFMixture, features: Tensor, generator: torch.Generator, process_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Places (n, p) for components that have become empty, from the rows of all ranks; every rank must call.
+
+    Each rank draws up to `PLACES` rows with probabilities proportional to 1 - cosine to their most probable component,
+    the rule of k-means++, from `CANDIDATES` rows that it drew uniformly. In the result each row is the farthest from
+    those before it.
+    """
+    index = torch.randperm(len(features), generator=generator)[:CANDIDATES]
+    rows = features[index.to(features.device)].to(mixture.directions)
+    cosine = rows.new_empty(len(rows))
+    size = rows_per_chunk(mixture.num_components, rows.device)
+    for chunk, out in zip(rows.split(size), cosine.split(size), strict=True):
+        winner = mixture.directions[mixture.log_joint(chunk).argmax(dim=1)]
+        torch.sum(chunk * winner, dim=1, out=out)
+    distance = (1 - cosine.double().cpu()).clamp(min=1e-12)
+    if len(rows) > PLACES:
+        rows = rows[torch.multinomial(distance, PLACES, generator=generator).to(rows.device)]
+    rows = gather_rows(rows, PLACES, process_group)
+    order = [0]
+    between = rows @ rows.T
+    while len(order) < len(rows):
+        nearest = between[:, order].amax(dim=1)
+        nearest[order] = torch.inf
+        order.append(int(nearest.argmin()))
+    return rows[order]

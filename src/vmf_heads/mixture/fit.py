@@ -18,7 +18,7 @@ from .._matmul import at_least_float32
 from .._memory import rows_per_chunk
 from ._ranks import gather_rows, rank_and_size
 from ._seeding import starting_mixture
-from ._steps import Spares, expectation, maximisation, reseed
+from ._steps import distant_rows, expectation, maximisation, reseed
 from .concentration import vmf_concentration
 from .distribution import VMFMixture
 from .online import OnlineEM
@@ -152,8 +152,7 @@ def _full_batch(
     history: list[float] = []
     converged, reseeded, reseedings, settled = False, 0, 0, True
     for last in passes:
-        spares = Spares(generator)
-        found = expectation(mixture, features, process_group, spares)
+        found = expectation(mixture, features, process_group)
         history.append(found.log_likelihood / rows)
         passes.show(history)
         converged = settled and len(history) > 1 and history[-1] - history[-2] < tolerance
@@ -163,7 +162,7 @@ def _full_batch(
         empty = found.weight < min(MIN_ROWS, rows / mixture.num_components / 2)
         settled = not (empty.any() and reseedings < MOST_RESEEDINGS)
         if not settled:
-            places = spares.gathered(process_group)
+            places = distant_rows(mixture, features, generator, process_group)
             reseedings += 1
             reseeded += min(len(places), int(empty.sum()))
             mixture = reseed(mixture, empty, places)
@@ -190,15 +189,14 @@ def _mini_batch(
         order = torch.randperm(len(features), generator=generator).to(features.device)
         total = 0.0
         for step in range(steps):
-            spares = Spares(generator)
             index = torch.arange(step * batch_size, (step + 1) * batch_size, device=features.device)
             batch = features[order[index % max(1, len(order))]] if len(order) else features
-            total += online.update_(batch, spares)
+            total += online.update_(batch)
         history.append(total / steps)
         passes.show(history)
         empty = online.mixture.weights * rows < min(MIN_ROWS, rows / mixture.num_components / 2)
         if empty.any() and reseedings < MOST_RESEEDINGS and not last:
-            places = spares.gathered(process_group)
+            places = distant_rows(online.mixture, features, generator, process_group)
             reseedings += 1
             reseeded += min(len(places), int(empty.sum()))
             online.reseed_(empty, places)

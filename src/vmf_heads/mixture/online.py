@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import positive
-from ._steps import Spares, Statistics, expectation, maximisation, reseed, statistics_of
+from ._steps import Statistics, expectation, maximisation, reseed, statistics_of
 from .distribution import VMFMixture
 
 __all__ = ["OnlineEM"]
@@ -74,12 +74,9 @@ class OnlineEM:
         self.step = 0
         self._mean = statistics_of(mixture)
 
-    def update_(self, features: Tensor, spares: Spares | None = None) -> float:
-        """Learn from unit vectors (B, p), and return their mean log-likelihood in nats before that.
-
-        `spares` collects rows for components that become empty.
-        """
-        found = expectation(self.mixture, features, self.process_group, spares)
+    def update_(self, features: Tensor) -> float:
+        """Learn from unit vectors (B, p), and return their mean log-likelihood in nats before that."""
+        found = expectation(self.mixture, features, self.process_group)
         if found.rows == 0:
             return math.nan
         self.step += 1
