@@ -20,6 +20,7 @@ from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.ood import ood
+from benchmarks.photo_cells import photo_cells
 from benchmarks.photos import photos
 from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
@@ -36,6 +37,7 @@ COMMANDS = {
     "fashion": fashion,
     "fashion-stability": fashion_stability,
     "fashion-folder": fashion_folder,
+    "photo-cells": photo_cells,
     "small-recipes": small_recipes,
     "photos": photos,
     "evidence": evidence,
