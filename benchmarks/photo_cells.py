@@ -32,8 +32,9 @@ def photo_cells(output: Annotated[Path, tyro.conf.Positional], *, side: int = 64
         raise ValueError(f"`stride` (={stride}) must be in 1 ... {side}, `side`")
     with whole_folder(output) as folder:
         for split in SPLITS:
-            counts = [_write(folder / split / Path(name).stem, load_photo(name), split, side, stride) for name in PHOTOS]
-            print(f"{split}: {sum(counts)} images")
+            folders = {name: folder / split / Path(name).stem for name in PHOTOS}
+            written = [_write(path, load_photo(name), split, side, stride) for name, path in folders.items()]
+            print(f"{split}: {sum(written)} images")
 
 
 def _write(folder: Path, photo: Image.Image, split: str, side: int, stride: int) -> int:

@@ -52,7 +52,7 @@ def small_recipes(
             for small28, and `python -m benchmarks photo-cells` for the other two.
         size: which of the tables.
         recipes: what to train; all recipes of the table by default.
-        seeds: the recipes take turns, so that an interrupted table is a complete one of fewer seeds.
+        seeds: what is trained where it is missing. The table has all seeds that `output` has.
         split: whose images are classified; settings were chosen on "val".
         output: folder of the runs, and of the rows so far, small_recipes.jsonl; the finished table goes to
             benchmarks/results/.
@@ -73,16 +73,16 @@ def small_recipes(
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)
-    wanted = [(recipe, seed) for seed in seeds for recipe in recipes]
-    found = {(row["recipe"], row["seed"]): row for row in rows if row["split"] == split}
+    rows = [row for row in rows if row["split"] == split and row["recipe"] in recipes]
+    rows.sort(key=lambda row: (row["seed"], recipes.index(row["recipe"])))
     untrained: dict[tuple[Any, ...], dict[str, float]] = {}  # recipes with the same network have it in common
-    for recipe, seed in wanted:
-        network = (seed, *(getattr(load_recipe(recipe), field) for field in SHARED))
+    for row in rows:
+        network = (row["seed"], *(getattr(load_recipe(row["recipe"]), field) for field in SHARED))
         if network not in untrained:
-            untrained[network] = _accuracies(_run(output, recipe, seed), data, "random", split)
-        found[recipe, seed]["untrained"] = untrained[network]
+            untrained[network] = _accuracies(_run(output, row["recipe"], row["seed"]), data, "random", split)
+        row["untrained"] = untrained[network]
     pixels = _accuracies(_run(output, recipes[0], seeds[0]), data, "pixels", split)
-    print(results.write(size, "cpu", [found[key] for key in wanted], data=data.name, raw_pixels=pixels))
+    print(results.write(size, "cpu", rows, data=data.name, raw_pixels=pixels))
     DOCS.write_text(rendered(DOCS.read_text()))
 
 

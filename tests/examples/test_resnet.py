@@ -206,22 +206,23 @@ def test_the_parts_have_their_places_in_the_whole() -> None:
         part = last[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean((2, 3))
         token = found[:, 1 + number].unflatten(1, (-1, 4))
         torch.testing.assert_close(token[:, :, number], part)
-        assert int((token != 0).sum()) == part.numel()
+        assert int((token != 0).sum()) == int((part != 0).sum()) > 0
 
 
 @pytest.mark.parametrize("name", ["ibot", "msn"])
 def test_methods_that_hide_patches_hide_parts_of_what_a_resnet_sees(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(f"photos_{name}_vmf", parse_overrides(TINY))
+    overrides = (*TINY, "ibot.patch_out_dim=32") if name == "ibot" else TINY
+    recipe = load_recipe(f"photos_{name}_vmf", parse_overrides(overrides))
     sample = build_views(recipe)(Image.new("RGB", (40, 40)), random.Random(0))
     assert [mask.shape for mask in sample.get("masks", ())] == ([(2, 2)] * 2 if name == "ibot" else [])
     assert [len(kept) for kept in sample.get("keep", ())] == ([3] if name == "msn" else [])
-    options = pretrain.Options(f"photos_{name}_vmf", tmp_path / "run", overrides=TINY, max_steps=2)
-    pretrain.main(options)
+    pretrain.main(pretrain.Options(f"photos_{name}_vmf", tmp_path / "run", overrides=overrides, max_steps=2))
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
+    assert len(rows) == 2
+    assert all(np.isfinite(row["loss"]) for row in rows)
     assert as_encoder(load_run(tmp_path / "run").backbone, "run").dim == recipe.feature_size == 64
     with pytest.raises(ValueError, match=r"`feature_grid` \(=1\) must be at least 2 with `backbone` \(='resnet'\) and"):
-        load_recipe(f"photos_{name}_vmf", parse_overrides((*TINY, "feature_grid=1")))
+        load_recipe(f"photos_{name}_vmf", parse_overrides((*overrides, "feature_grid=1")))
 
 
 def test_what_a_resnet_cannot_share_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def blanked(images: Tensor, hidden: Tensor) -> Tensor:
     """
     grid = math.isqrt(hidden.shape[1])
     seen = (~hidden).to(images.dtype).unflatten(1, (1, grid, grid))
-    return images * F.interpolate(seen, images.shape[-2:])  # each pixel is in the part whose number is nearest
+    return images * F.interpolate(seen, images.shape[-2:])  # "nearest", so that a pixel is seen or is not
 
 
 def parts(backbone: ResNetModel, images: Tensor, *, mask: Tensor | None = None) -> Tensor:
