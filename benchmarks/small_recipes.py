@@ -24,7 +24,6 @@ RECIPES = {
         "small28_dino_vmf_quick",
         "small28_dino_quick",
         "small28_dino_vmf",
-        "small28_ibot_vmf",
         "small28_msn_vmf",
     ),
     "small32": ("small32_dino_vmf",),
