@@ -19,6 +19,7 @@ from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.ood import ood
+from benchmarks.photo_cells import photo_cells
 from benchmarks.photos import photos
 from benchmarks.probes import probes
 from benchmarks.rank_faults import rank_faults
@@ -43,6 +44,7 @@ COMMANDS = {
     "photo-scenes": photo_scenes,
     "segmentation": segmentation,
     "distinct": distinct,
+    "photo-cells": photo_cells,
     "evidence": evidence,
     "concentration": concentration,
     "mixture-fit": mixture_fit,

@@ -12,20 +12,27 @@ import pretrain
 from benchmarks import results
 from benchmarks.evidence.summary import select, table, text
 from benchmarks.marked_tables import filled
+from config.recipe import load_recipe
 from evaluate import evaluate
 from evaluators.request import ExtractOptions, Request, Weights
 from reporting.rows import read_results
+from seeds import SHARED
 
 DOCS = Path(__file__).parents[1] / "docs" / "examples.md"
-RECIPES = ("small28_dino_vmf_quick", "small28_dino_quick", "small28_dino_vmf")
-"""They have the same network, so that one network before training is the baseline of all."""
+RECIPES = {
+    "small28": ("small28_dino_vmf_quick", "small28_dino_quick", "small28_dino_vmf", "small28_msn_vmf"),
+    "small32": ("small32_dino_vmf",),
+    "small64": ("small64_dino_vmf",),
+}
+"""By the table of docs/examples.md that they are in; its result file has the same name."""
 PROTOCOLS = ("knn", "linear")
 
 
 def small_recipes(
     data: Annotated[Path, tyro.conf.Positional],
     *,
-    recipes: tuple[str, ...] = RECIPES,
+    size: Literal["small28", "small32", "small64"] = "small28",
+    recipes: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (0, 1, 2),
     split: Literal["val", "test"] = "test",
     output: Path = Path("runs/small"),
@@ -35,14 +42,17 @@ def small_recipes(
     Interrupted, it goes on where it stopped.
 
     Args:
-        data: folder of images with the splits train, val and test, such as `python -m benchmarks fashion-folder` makes.
-        recipes: what to train.
-        seeds: the recipes take turns, so that an interrupted table is a complete one of fewer seeds.
+        data: folder of images with the splits train, val and test, such as `python -m benchmarks fashion-folder` makes
+            for small28, and `python -m benchmarks photo-cells` for the other two.
+        size: which of the tables.
+        recipes: what to train; all recipes of the table by default.
+        seeds: what is trained where it is missing. The table has all seeds that `output` has.
         split: whose images are classified; settings were chosen on "val".
         output: folder of the runs, and of the rows so far, small_recipes.jsonl; the finished table goes to
             benchmarks/results/.
     """
     torch.set_num_threads(1)
+    recipes = recipes or RECIPES[size]
     path = output / "small_recipes.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -57,18 +67,21 @@ def small_recipes(
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)
-    rows = [
-        row for row in rows if (row["split"], row["seed"] in seeds, row["recipe"] in recipes) == (split, True, True)
-    ]
-    first = [_run(output, recipes[0], seed) for seed in seeds]
-    pixels = _accuracies(first[0], data, "pixels", split)
-    untrained = [_accuracies(run, data, "random", split) for run in first]
-    print(results.write("small_recipes", "cpu", rows, data=data.name, raw_pixels=pixels, untrained=untrained))
+    rows = [row for row in rows if row["split"] == split and row["recipe"] in recipes]
+    rows.sort(key=lambda row: (row["seed"], recipes.index(row["recipe"])))
+    untrained: dict[tuple[Any, ...], dict[str, float]] = {}  # recipes with the same network have it in common
+    for row in rows:
+        network = (row["seed"], *(getattr(load_recipe(row["recipe"]), field) for field in SHARED))
+        if network not in untrained:
+            untrained[network] = _accuracies(_run(output, row["recipe"], row["seed"]), data, "random", split)
+        row["untrained"] = untrained[network]
+    pixels = _accuracies(_run(output, recipes[0], seeds[0]), data, "pixels", split)
+    print(results.write(size, "cpu", rows, data=data.name, raw_pixels=pixels))
     DOCS.write_text(rendered(DOCS.read_text()))
 
 
 def rendered(page: str) -> str:
-    """`page` with the table of the newest results between its markers."""
+    """`page` with the tables of the newest results between their markers."""
     return filled(page, lambda name: _table(results.latest(name)))
 
 
@@ -108,22 +121,18 @@ def _accuracies(run: Path, data: Path, features: Weights, split: Literal["val", 
 
 
 def _table(result: dict[str, Any]) -> str:
-    pixels, untrained, rows = result["raw_pixels"], result["untrained"], result["rows"]
-
-    def line(name: str, found: list[dict[str, Any]], minutes: str) -> list[str]:
-        cells = [name, str(len(found)), minutes]
-        for protocol in PROTOCOLS:
-            own = [row[protocol] for row in found]
-            cells += [text(own, scale=100), text([x - pixels[protocol] for x in own], scale=100, signed=True)]
-        return cells
-
-    lines = [["raw pixels", "", "", f"{100 * pixels['knn']:.2f}", "", f"{100 * pixels['linear']:.2f}", ""]]
-    lines.append(line("before training", untrained, ""))
+    pixels, rows = result["raw_pixels"], result["rows"]
+    lines = [["raw pixels", "", "", *(cell for name in PROTOCOLS for cell in (f"{100 * pixels[name]:.2f}", "", ""))]]
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         own = select(rows, recipe=recipe)
         known = [row["cpu_seconds"] / 60 for row in own if row["cpu_seconds"] is not None]
-        minutes = f"{sum(known) / len(known):.1f}" if known else "–"
-        lines.append(line(recipe, own, minutes))
-    header = ("", "seeds", "CPU minutes", "kNN, %", "minus raw pixels", "linear, %", "minus raw pixels")
+        cells = [recipe, str(len(own)), f"{sum(known) / len(known):.1f}" if known else "–"]
+        for name in PROTOCOLS:
+            cells.append(text([row[name] for row in own], scale=100))
+            cells.append(text([row[name] - pixels[name] for row in own], scale=100, signed=True))
+            cells.append(text([row[name] - row["untrained"][name] for row in own], scale=100, signed=True))
+        lines.append(cells)
+    differences = ("minus raw pixels", "minus untrained")
+    header = ("", "seeds", "CPU minutes", "kNN, %", *differences, "linear, %", *differences)
     where = f"{result['device']}, 1 thread, torch {result['versions']['torch']}, {result['date']}"
     return f"{table(header, lines)}\n\n({where}; `benchmarks/results`, `python -m benchmarks small-recipes`.)"

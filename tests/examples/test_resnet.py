@@ -1,6 +1,7 @@
 """A ResNet in place of a ViT: it trains, resumes, is exported and evaluated by the same commands."""
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import AutoModel, ConvNextV2Config, ConvNextV2Model, ResNetConfig, ResNetModel
 
 import pretrain
 from config.recipe import Recipe, load_recipe, parse_overrides
 from data.augment import EvalTransform
 from data.images import load_images
+from data.views import build_views
 from evaluators.dense.video.segmentation import video_segmentation
 from evaluators.features.encoder import as_encoder, open_encoder
 from evaluators.features.extraction import Extraction, features_of
@@ -22,7 +25,7 @@ from evaluators.finetune.finetune import finetune
 from evaluators.linear.linear import LinearOptions, linear
 from evaluators.protocol import NotApplicable
 from evaluators.request import Request, open_evaluation
-from methods.backbone import blocks, build_backbone, features
+from methods.backbone import blocks, build_backbone, features, parts
 from methods.network import build_network
 from methods.registry import build_method
 from storage.json_lines import read_rows
@@ -178,11 +181,48 @@ def test_shapes_that_no_backbone_has(overrides: tuple[str, ...], message: str) -
         tiny(*overrides)
 
 
+def test_hidden_parts_of_an_image_do_not_reach_the_network() -> None:
+    backbone = build_backbone(tiny()).eval()
+    images, keep = torch.randn(3, 3, 18, 18), torch.tensor([[0], [3], [2]])
+    half = 9
+    by_hand = torch.zeros_like(images)
+    by_hand[0, :, :half, :half] = images[0, :, :half, :half]
+    by_hand[1, :, half:, half:] = images[1, :, half:, half:]
+    by_hand[2, :, half:, :half] = images[2, :, half:, :half]
+    with torch.no_grad():
+        expected = features(backbone, by_hand)
+        torch.testing.assert_close(features(backbone, images, keep=keep), expected)
+        hidden = torch.ones(3, 4, dtype=torch.bool).scatter(1, keep, False)
+        torch.testing.assert_close(parts(backbone, images, mask=hidden)[:, 0], expected)
+
+
+def test_the_parts_have_their_places_in_the_whole() -> None:
+    backbone, images = build_backbone(tiny()).eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        found, last = parts(backbone, images), backbone(images).last_hidden_state
+        torch.testing.assert_close(found[:, 0], features(backbone, images))
+    torch.testing.assert_close(found[:, 1:].sum(1), found[:, 0])
+    for number, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        part = last[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean((2, 3))
+        token = found[:, 1 + number].unflatten(1, (-1, 4))
+        torch.testing.assert_close(token[:, :, number], part)
+        assert int((token != 0).sum()) == int((part != 0).sum()) > 0
+
+
 @pytest.mark.parametrize("name", ["ibot", "msn"])
-def test_methods_that_hide_patches_need_a_vit(name: str) -> None:
-    message = rf"`method` \(={name}\) must be 'dino' with `backbone` \(='resnet'\): the others need patches"
-    with pytest.raises(ValueError, match=message):
-        load_recipe(f"photos_{name}", {"backbone": "resnet"})
+def test_methods_that_hide_patches_hide_parts_of_what_a_resnet_sees(name: str, tmp_path: Path) -> None:
+    overrides = (*TINY, "ibot.patch_out_dim=32") if name == "ibot" else TINY
+    recipe = load_recipe(f"photos_{name}_vmf", parse_overrides(overrides))
+    sample = build_views(recipe)(Image.new("RGB", (40, 40)), random.Random(0))
+    assert [mask.shape for mask in sample.get("masks", ())] == ([(2, 2)] * 2 if name == "ibot" else [])
+    assert [len(kept) for kept in sample.get("keep", ())] == ([3] if name == "msn" else [])
+    pretrain.main(pretrain.Options(f"photos_{name}_vmf", tmp_path / "run", overrides=overrides, max_steps=2))
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 2
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert as_encoder(load_run(tmp_path / "run").backbone, "run").dim == recipe.feature_size == 64
+    with pytest.raises(ValueError, match=r"`feature_grid` \(=1\) must be at least 2 with `backbone` \(='resnet'\) and"):
+        load_recipe(f"photos_{name}_vmf", parse_overrides((*overrides, "feature_grid=1")))
 
 
 def test_what_a_resnet_cannot_share_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,9 @@ def _check_vit(recipe: Any) -> None:
 
 def _check_resnet(recipe: Any) -> None:
     of_resnet = "with `backbone` (='resnet')"
-    check_fields(recipe, ("method",), f"'dino' {of_resnet}: the others need patches", lambda name: name == "dino")
+    if recipe.method != "dino":
+        hiding = f"at least 2 {of_resnet} and `method` (={recipe.method!r}), which hides such parts of the images"
+        check_fields(recipe, ("feature_grid",), hiding, lambda grid: grid >= 2)
     check_fields(recipe, ("patch_size",), f"4, 8, 16 or 32 {of_resnet}", lambda size: size in (4, 8, 16, 32))
     stages = resnet_stages(recipe.patch_size)
     counted = f"of the {stages} stages that `patch_size` (={recipe.patch_size}) gives"

@@ -62,7 +62,7 @@ class Recipe:
     augment_on: Literal["cpu", "device"]  # where colour and blur of the crops are made; device: GPU, in batches
 
     # Backbone: a transformers ViTModel, or a ResNetModel of basic blocks; see methods/backbone.py.
-    backbone: Literal["vit", "resnet"]  # a vision transformer, or for DINO a convolutional network
+    backbone: Literal["vit", "resnet"]  # a vision transformer or a convolutional network
     patch_size: int  # side in pixels of what a token stands for; of a ResNet, a position of its last feature map
     hidden_size: int  # width of the tokens; of a ResNet's last map, to which the width doubles from stage to stage
     num_hidden_layers: int  # blocks; the stages of a ResNet have equally many

@@ -46,7 +46,9 @@ class Views:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.multi_crop = multi_crop(recipe)
-        self.patches = recipe.image_size // recipe.patch_size  # on a side of a global crop
+        vit = recipe.backbone == "vit"
+        # On a side of a global crop; of a ResNet's input those parts are hidden that its features are the means over.
+        self.patches = recipe.image_size // recipe.patch_size if vit else recipe.feature_grid
 
     def __call__(self, image: Image.Image, rng: random.Random) -> dict[str, list[Tensor]]:
         """Return the sample of `image`."""

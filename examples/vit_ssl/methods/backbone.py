@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -64,9 +65,40 @@ def build_vit(recipe: Recipe, *, drop_path: float = 0.0, mask_token: bool = Fals
 def features(backbone: PreTrainedModel, images: Tensor, *, keep: Tensor | None = None) -> Tensor:
     """Return what DINO's and MSN's heads take: the [CLS] token of a ViT, the pooled map of a ResNet.
 
-    Images (B, 3, H, W) -> (B, D); `keep` is as in `tokens`, for ViTs alone.
+    Images (B, 3, H, W) -> (B, D). `keep` (B, n) int64 are the patches that are seen: for a ViT as in `tokens`; for a
+    ResNet parts of the images in its `feature_grid`, numbered row by row, and the others are blank.
     """
-    return pooled(backbone, images) if isinstance(backbone, ResNetModel) else cls_token(backbone, images, keep=keep)
+    if not isinstance(backbone, ResNetModel):
+        return cls_token(backbone, images, keep=keep)
+    if keep is None:
+        return pooled(backbone, images)
+    grid = backbone.config.feature_grid
+    hidden = torch.ones(len(images), grid * grid, dtype=torch.bool, device=images.device).scatter(1, keep, False)
+    return pooled(backbone, blanked(images, hidden))
+
+
+def blanked(images: Tensor, hidden: Tensor) -> Tensor:
+    """Return images (B, 3, H, W) with the mean colour of ImageNet, 0, where `hidden` (B, g * g) bool says so.
+
+    This stands for masks where a network cannot leave out patches, as in masked siamese ConvNets (Jing et al., 2022).
+    """
+    grid = math.isqrt(hidden.shape[1])
+    seen = (~hidden).to(images.dtype).unflatten(1, (1, grid, grid))
+    return images * F.interpolate(seen, images.shape[-2:])  # "nearest", so that a pixel is seen or is not
+
+
+def parts(backbone: ResNetModel, images: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return a ResNet's counterpart of `tokens`: images (B, 3, H, W) -> (B, 1 + g * g, D), g being its `feature_grid`.
+
+    The first is `pooled`, the means over all parts of the last feature map, side by side. Each other token is the mean
+    over one part alone: the same vector with zeros for all other parts, so that one head reads both. The parts of the
+    images that `mask` (B, g * g) bool hides are blank.
+    """
+    whole = pooled(backbone, images if mask is None else blanked(images, mask))
+    count = backbone.config.feature_grid**2
+    by_part = whole.unflatten(1, (-1, count))  # (B, C, g * g)
+    alone = by_part.unsqueeze(1) * torch.eye(count, device=whole.device, dtype=whole.dtype)[:, None]
+    return torch.cat([whole.unsqueeze(1), alone.flatten(2)], dim=1)
 
 
 def pooled(backbone: PreTrainedModel, images: Tensor) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import ResNetModel
 
 from config.methods import IBOTSettings
 from config.recipe import Recipe
-from methods.backbone import build_vit, tokens
+from methods.backbone import build_resnet, build_vit, parts, tokens
 from methods.method import Batch, Method, Statistics, centered_targets, sample_rows
 from methods.network import Network, initialize_mlp
 from methods.statistics import center_entropy, target_statistics
@@ -19,7 +20,7 @@ from vmf_heads.head import find_head
 
 
 class PatchNetwork(Network):
-    """A backbone with a mask token and the head on its [CLS] and patch tokens."""
+    """A ViT with a mask token and the head on its [CLS] and patch tokens; of a ResNet, on what `parts` returns."""
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> tuple[tuple[Any, Any], Any]:
         """Return what the head makes of [CLS] (2 * B) and patches (2 * B, N) of global crops, and of the local [CLS].
@@ -27,10 +28,11 @@ class PatchNetwork(Network):
         `crops` are (B, 3, h, w), the two global ones first; without local ones the last result is None. `masks`, when
         given, are the patches (B, H, W) bool that the mask token replaces in each global crop.
         """
+        of_backbone: Callable[..., Tensor] = parts if isinstance(self.backbone, ResNetModel) else tokens
         mask = torch.cat(list(masks)).flatten(1) if masks else None
-        cls, patches = self.head(tokens(self.backbone, torch.cat(list(crops[:2])), mask=mask))
+        cls, patches = self.head(of_backbone(self.backbone, torch.cat(list(crops[:2])), mask=mask))
         local = crops[2:]
-        return (cls, patches), self.head(tokens(self.backbone, torch.cat(list(local)))[:, 0]) if local else None
+        return (cls, patches), self.head(of_backbone(self.backbone, torch.cat(list(local)))[:, 0]) if local else None
 
 
 class IBOT(Method):
@@ -124,9 +126,10 @@ class IBOT(Method):
 
 
 def _build_network(recipe: Recipe, settings: IBOTSettings, drop_path: float) -> PatchNetwork:
-    backbone = build_vit(recipe, drop_path=drop_path, mask_token=True)
+    vit = recipe.backbone == "vit"
+    backbone = build_vit(recipe, drop_path=drop_path, mask_token=True) if vit else build_resnet(recipe)
     head = iBOTHead(
-        recipe.hidden_size,
+        recipe.feature_size,
         recipe.out_dim,
         patch_out_dim=settings.patch_out_dim,
         norm="bn" if recipe.use_bn_in_head else None,
