@@ -1,5 +1,6 @@
 """docs/own_images.md: its commands, in their order and in small, do what it says and leave the files that it names."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +15,7 @@ import neighbours
 import pretrain
 
 PAGE = Path(__file__).parents[1] / "docs" / "own_images.md"
-SMALL = ("hidden_size=16", "hidden_dim=16", "bottleneck_dim=8", "out_dim=16", "batch_size=16", "epochs=2")
+SMALL = ("hidden_size=16", "hidden_dim=16", "bottleneck_dim=8", "out_dim=16", "batch_size=16", "epochs=1")
 PREPARATION = ("make install", "source .venv/bin/activate", "python -m benchmarks fashion-folder images")
 """What stands on the page before there are images; `draw_images` is in their place here."""
 
@@ -43,9 +44,10 @@ def run(line: str) -> None:
     """Run one command of the page in this process, with sizes that take milliseconds."""
     script, *arguments = shlex.split(line.removeprefix("python examples/vit_ssl/"))
     if script == "pretrain.py":
-        sizes = ("--set", *SMALL, "--num-workers", "0") if "--recipe" in arguments and "--data" in arguments else ()
-        options = (tyro.conf.FlagCreatePairsOff,)
-        pretrain.main(tyro.cli(pretrain.Options, args=[*arguments, *sizes], config=options))
+        options = tyro.cli(pretrain.Options, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        if options.data:
+            options = dataclasses.replace(options, overrides=(*SMALL, *options.overrides), num_workers=0)
+        pretrain.main(options)
     elif script == "evaluate.py":
         evaluate.main([*arguments, "--extract.num-workers", "0"])
     elif script == "neighbours.py":
@@ -54,6 +56,7 @@ def run(line: str) -> None:
         raise AssertionError(f"the page has a command that this test does not know: {line}")
 
 
+@pytest.mark.slow
 def test_the_page_goes_from_a_folder_to_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     draw_images(tmp_path / "images")

@@ -96,7 +96,7 @@ def test_without_queries_there_is_one_of_each_class(run: Path, capsys: pytest.Ca
         named += [neighbour.split("/")[0] == name for neighbour in rest.split(", ")]
         assert rest == ", ".join(names_of_nearest(run, run.parent / "images/val" / query)[:3])
     assert 0 < sum(named) < 6
-    assert ours == f"mine: {sum(named)} of 6 neighbours are of the query's class"
+    assert ours == f"mine: {sum(named)} of 6 neighbours are of their query's class"
     assert pixels.startswith("raw pixels: ")
     others = 12 - sum(named) - int(pixels.split()[2])
     assert picture == f"picture: {run / 'neighbours.png'}"
@@ -122,5 +122,5 @@ def test_what_cannot_be_asked(run: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"`count` \(={count}\) must be in 1 ... 11, the number of images that"):
             neighbours.main(run, count=count)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(OSError, match="cannot read the image '.*text.png'"):
+    with pytest.raises(OSError, match=r"cannot read the image '.*text\.png'"):
         neighbours.main(run, (tmp_path / "text.png",))

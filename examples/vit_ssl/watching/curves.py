@@ -1,7 +1,4 @@
-"""The page of a run that is watched, OUTPUT/curves.html: curves of metrics.jsonl, and what they mean.
-
-The curves alone are OUTPUT/curves.svg.
-"""
+"""The page of a run that is watched, OUTPUT/curves.html: curves of metrics.jsonl, and what they mean."""
 
 from __future__ import annotations
 
@@ -55,7 +52,7 @@ class Curve(NamedTuple):
 def write_curves(output: Path, name: str, *, refresh: bool) -> None:
     """Write OUTPUT/curves.html from OUTPUT/metrics.jsonl: one file without scripts, which needs no network.
 
-    With `refresh`, for a run that goes on, a browser loads it again every minute. The curves are also OUTPUT/curves.svg.
+    With `refresh`, for a run that goes on, a browser loads it again every minute. The curves alone are in curves.svg.
     """
     curves = read_curves(output / METRICS)
     last = max((int(curve.steps[-1]) for curve in curves.values() if len(curve.steps)), default=0)
