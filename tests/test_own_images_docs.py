@@ -56,7 +56,6 @@ def run(line: str) -> None:
         raise AssertionError(f"the page has a command that this test does not know: {line}")
 
 
-@pytest.mark.slow
 def test_the_page_goes_from_a_folder_to_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     draw_images(tmp_path / "images")
