@@ -130,6 +130,8 @@ def test_the_page_draws_what_the_rows_have_without_scripts_or_network(tmp_path: 
     svg = ElementTree.fromstring(page[page.index("<svg ") : page.index("</svg>") + 6])
     panels = [group for group in svg.iter() if re.fullmatch(r"axes_\d+", group.get("id", ""))]
     assert len(panels) == len(PANELS) - 1  # without that of the prototypes used
+    drawn = ElementTree.parse(tmp_path / "curves.svg").getroot()
+    assert [element.get("id") for element in drawn.iter()] == [element.get("id") for element in svg.iter()]
 
 
 def test_a_long_curve_is_thinned_to_means() -> None:

@@ -1,7 +1,8 @@
-"""Images that turn out to be unreadable during training: others take their places, and they are listed."""
+"""Images that turn out to be unreadable: in training others take their places, and they are listed."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -92,3 +93,17 @@ def name_of(images: Images, index: int) -> str:
     """Return CLASS/FILE of an image, or its number where it is no file."""
     item = images.items[index] if isinstance(images.items, list) else None
     return f"{item.parent.name}/{item.name}" if isinstance(item, Path) else f"image {index}"
+
+
+def readable(images: Images) -> Images:
+    """Return the images that can be read, those that there are features of; each of them is opened."""
+    kept = [index for index in range(len(images)) if _opens(images, index)]
+    return dataclasses.replace(images, labels=images.labels[kept], items=[images.items[index] for index in kept])
+
+
+def _opens(images: Images, index: int) -> bool:
+    try:
+        images[index]
+    except OSError:
+        return False
+    return True

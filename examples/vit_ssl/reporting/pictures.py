@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from transformers import ViTModel
 
@@ -16,6 +17,16 @@ from data.images import CELL, Images, split_columns
 from evaluators.protocol import Features
 
 SPLIT_COLORS = {"test": "#CC79A7", "train": "#009E73", "val": "#56B4E9"}  # of Okabe and Ito's palette
+TILE, BETWEEN, BLOCKS_APART, LINE = 56, 2, 14, 20
+"""The side of a tile, the space between tiles and between blocks, and the height of the line of titles, in px."""
+FRAME = "#E69F00"  # orange of the same
+
+
+class Tile(NamedTuple):
+    """An image in its place."""
+
+    image: Image.Image
+    framed: bool = False
 
 
 def to_image(view: Tensor) -> Image.Image:
@@ -65,6 +76,40 @@ def nearest(bank: Features, queries: Features, indices: Sequence[int], count: in
     reference = torch.nn.functional.normalize(torch.from_numpy(bank.x), dim=1)
     query = torch.nn.functional.normalize(torch.from_numpy(queries.x[list(indices)]), dim=1)
     return (query @ reference.T).topk(count).indices.numpy()
+
+
+def contact_sheet(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Sequence[Tile]]]]) -> Image.Image:
+    """Return an RGB image of a block of tiles for each title, with a row of tiles in each of them for each of `rows`.
+
+    A row is a label and its tiles in each block, equally many in all rows. Images keep their aspect ratio; small ones
+    are enlarged without smoothing.
+    """
+    font = ImageFont.load_default(12)
+    labels = BLOCKS_APART + max(int(font.getlength(label)) for label, _ in rows)
+    widths = [
+        max(len(tiles) * (TILE + BETWEEN), int(font.getlength(title))) + BLOCKS_APART
+        for title, tiles in zip(titles, rows[0][1], strict=True)
+    ]
+    sheet = Image.new("RGB", (labels + sum(widths), LINE + len(rows) * (TILE + BETWEEN)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for block, title in enumerate(titles):
+        draw.text((labels + sum(widths[:block]), 2), title, "black", font)
+    for number, (label, blocks) in enumerate(rows):
+        top = LINE + number * (TILE + BETWEEN)
+        draw.text((2, top + TILE // 2), label, "black", font, anchor="lm")
+        for block, tiles in enumerate(blocks):
+            for column, tile in enumerate(tiles):
+                left = labels + sum(widths[:block]) + column * (TILE + BETWEEN)
+                sheet.paste(fitted(tile.image), (left, top))
+                if tile.framed:
+                    draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), outline=FRAME, width=3)
+    return sheet
+
+
+def fitted(image: Image.Image) -> Image.Image:
+    """Return an image in the middle of a white square of `TILE` px, as large as there is room for."""
+    method = Image.Resampling.NEAREST if max(image.size) < TILE else Image.Resampling.BICUBIC
+    return ImageOps.pad(image, (TILE, TILE), method, "white")
 
 
 @torch.inference_mode()

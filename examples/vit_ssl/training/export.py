@@ -47,7 +47,7 @@ def export(output: Path, push_to_hub: str | None = None, *, program: bool = Fals
         with whole_folder(output / "heads" / name) as folder:
             head.save_pretrained(folder)
             write_checksums(folder)
-    written = ["backbone/ (the teacher's, for AutoModel and AutoImageProcessor)"]
+    written = [f"backbone/ (the teacher's, for AutoModel and AutoImageProcessor{grid_note(backbone)})"]
     written += [f"{PROGRAM} (for torch.export.load)"] * program + ["heads/"] * bool(heads)
     print(f"in {output}: {', '.join(written)}, metrics.jsonl, checkpoint.pt")
     if push_to_hub is not None:
@@ -68,6 +68,12 @@ def image_processor(recipe: Recipe) -> BitImageProcessorPil:
     return BitImageProcessorPil(
         size={"shortest_edge": transform.resized}, crop_size=crop, image_mean=list(MEAN), image_std=list(STD)
     )
+
+
+def grid_note(backbone: PreTrainedModel) -> str:
+    """Return where the evaluated features of a ResNet are found, when they are not its `pooler_output`."""
+    grid = getattr(backbone.config, "feature_grid", 1)
+    return "" if grid == 1 else f"; features: adaptive_avg_pool2d(last_hidden_state, {grid}).flatten(1)"
 
 
 def return_cls(backbone: ViTModel) -> None:

@@ -17,7 +17,7 @@ from storage.json_lines import parsed
 from storage.whole_file import whole_file
 from training.log import METRICS
 
-PAGE = "curves.html"
+PAGE, PICTURE = "curves.html", "curves.svg"
 TEMPLATE = Path(__file__).with_name("curves.html")
 POINTS = 400
 """A curve of more rows is drawn by so many means, so that a long run is drawn as fast as a short one."""
@@ -52,17 +52,20 @@ class Curve(NamedTuple):
 def write_curves(output: Path, name: str, *, refresh: bool) -> None:
     """Write OUTPUT/curves.html from OUTPUT/metrics.jsonl: one file without scripts, which needs no network.
 
-    With `refresh`, for a run that goes on, a browser loads it again every minute.
+    With `refresh`, for a run that goes on, a browser loads it again every minute. The curves alone are in curves.svg.
     """
     curves = read_curves(output / METRICS)
     last = max((int(curve.steps[-1]) for curve in curves.values() if len(curve.steps)), default=0)
+    chart = draw(curves)
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(name),
         refresh='<meta http-equiv="refresh" content="60">' if refresh else "",
         state=f"step {last}, the run goes on" if refresh else f"step {last}",
         table=_table(curves),
-        chart=_svg(draw(curves)),
+        chart=_svg(chart),
     )
+    with whole_file(output / PICTURE) as file:
+        file.write(chart.encode())
     with whole_file(output / PAGE) as file:
         file.write(page.encode())
 
