@@ -64,16 +64,19 @@ def draw(rows: Rows) -> None:
     lengths = list(dict.fromkeys(epochs for epochs, _ in _cells(rows)))
     arms = list(dict.fromkeys(arm for _, arm in _cells(rows)))
     figure, panels = pyplot.subplots(1, len(lengths), figsize=(9, 3.4), layout="constrained", squeeze=False)
+    drawn: dict[str, Any] = {}
     for epochs, panel in zip(lengths, panels[0], strict=True):
         for arm, colour in zip(arms, COLOURS, strict=False):
             own = select(rows, epochs=epochs, arm=arm)
             if own:
                 cosines = sorted(own[0]["unique"], key=float)
                 unique = [np.mean([row["unique"][cosine] for row in own]) for cosine in cosines]
-                panel.plot([float(cosine) for cosine in cosines], unique, color=colour, marker=".", label=arm)
+                (line,) = panel.plot([float(cosine) for cosine in cosines], unique, color=colour, marker=".")
+                drawn.setdefault(arm, line)
         panel.set_title(f"{epochs} epochs", fontsize=10)
         panel.set(xlabel="cosine from which on two are one", ylabel="unique prototypes", ylim=(0, None))
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    shown = [arm for arm in arms if arm in drawn]
+    figure.legend([drawn[arm] for arm in shown], shown, loc="outside lower center", ncols=3, frameon=False)
     IMAGE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGE, metadata={"Date": None})
     pyplot.close(figure)

@@ -28,6 +28,7 @@ def draw(truth: VMFMixture, rows: int) -> None:
 def _fit(truth: VMFMixture, rows: int):
     """The likelihood of each pass, and fitted against true kappa."""
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     features, _ = truth.sample(rows, torch.Generator().manual_seed(0))
     fit = fit_vmf_mixture(features, truth.num_components, tolerance=1e-6)
@@ -40,6 +41,10 @@ def _fit(truth: VMFMixture, rows: int):
     right.loglog(truth.kappa, fit.mixture.kappa[nearest], "o", ms=4, color=BLUE)
     ends = [truth.kappa.min().item(), truth.kappa.max().item()]
     right.loglog(ends, ends, color=GREY, ls="--")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:.0f}")
+        axis.set_minor_formatter("")
     right.set(xlabel="true κ", ylabel="fitted κ of the nearest component")
     return figure
 
