@@ -10,6 +10,7 @@ from config.cards import read_card, recipe_list
 from config.explain import explain, fields
 from config.methods import IBOTSettings, MSNSettings
 from config.options import Options
+from config.prototypes import OnlineEMSettings
 from config.recipe import RECIPES, Recipe, load_recipe
 from config.sizes import check_sizes, nearest_multiple, sizes_for
 
@@ -40,11 +41,13 @@ def test_a_card_has_a_purpose_and_its_entries_are_whole(name: str) -> None:
 
 def test_every_field_is_explained_by_the_comment_beside_it() -> None:
     found = fields()
-    sections = {"ibot": IBOTSettings, "msn": MSNSettings}
+    sections = {"ibot": IBOTSettings, "msn": MSNSettings, "online_em": OnlineEMSettings}
     own = {f"{name}.{field.name}" for name, section in sections.items() for field in dataclasses.fields(section)}
     assert set(found) == {field.name for field in dataclasses.fields(Recipe)} | own
     assert [name for name, field in found.items() if not field.meaning] == []
-    source = (RECIPES.parent / "config" / "recipe.py").read_text() + (RECIPES.parent / "config/methods.py").read_text()
+    source = "".join(
+        (RECIPES.parent / "config" / f"{name}.py").read_text() for name in ("recipe", "methods", "prototypes")
+    )
     for name, field in found.items():
         assert f"{name.rpartition('.')[2]}: {field.kind}  # {field.meaning}\n" in source.replace('"', "'"), name
 
