@@ -1,4 +1,4 @@
-"""What a field of a recipe means: the comment beside it in recipe.py, methods.py or prototypes.py, which is written nowhere else."""
+"""What a field of a recipe means: the comment beside it in its class, which is written nowhere else."""
 
 from __future__ import annotations
 
