@@ -161,6 +161,18 @@ def test_the_gradient_of_directions_does_not_depend_on_how_many_are_worked_on(mo
     assert_equals_reference(problem(SHAPE, scales=True))
 
 
+@SAME_POSITION
+def test_the_largest_logit_may_be_in_any_block_of_prototypes(
+    same_position: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits as far apart as these overflow without it."""
+    monkeypatch.setattr("vmf_heads._memory.CACHE_BYTES", 4 * 5 * 2)  # of at most five rows: blocks of two or more
+    arguments = problem(SQUARE if same_position else SHAPE, scales=True, same_position=same_position)
+    for side in ("student", "teacher"):
+        arguments[side].scales.data.mul_(1000)
+    assert_equals_reference(arguments)
+
+
 def test_a_direction_of_length_zero_has_no_prototype() -> None:
     """As in weight_norm, whose 0 / 0 is NaN."""
     arguments = problem(SHAPE, scales=True)
