@@ -66,6 +66,7 @@ def distinct(
                     with path.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
                     print(rows[-1], flush=True)
+    rows.sort(key=lambda row: (row["epochs"], list(ARMS).index(row["arm"]), row["seed"]))
     print(results.write("distinct", "cpu", rows))
     draw(rows)
     update_docs()
