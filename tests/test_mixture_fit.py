@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from gloo import run_on_ranks
 from vmf_heads import VMFPrototypeHead, _memory, vmf_mean_resultant
 from vmf_heads.mixture import OnlineEM, VMFMixture, _steps, fit_vmf_mixture, vmf_concentration, warm_start_
+from vmf_heads.mixture import fit as fit_module
+from vmf_heads.mixture._split_merge import split_and_merge
 
 
 def known(components: int, p: int, kappa: tuple[float, float], dtype: torch.dtype = torch.float64) -> VMFMixture:
@@ -67,13 +69,49 @@ def test_the_truth_is_recovered_within_the_cramer_rao_bound():
 @pytest.mark.parametrize("p", [2, 3, 64])
 def test_no_pass_of_full_batches_lowers_the_likelihood(p, max_kappa):
     features, _ = draw(known(6, p, (5.0, 300.0)), 3000)
-    fit = fit_vmf_mixture(features, 9, tolerance=0.0, max_iterations=60, max_kappa=max_kappa)
-    assert fit.reseeded == 0
+    fit = fit_vmf_mixture(features, 9, tolerance=0.0, max_iterations=60, max_kappa=max_kappa, split_merge_rounds=0)
+    assert fit.moved == 0
     gains = torch.tensor(fit.log_likelihoods).diff()
     assert (gains > -1e-11).all()
     assert gains[0] > 0
     if max_kappa is not None:
         assert fit.mixture.kappa.max() <= max_kappa
+
+
+def test_split_and_merge_leave_a_local_maximum():
+    """Two components on one cluster and one on two others: EM stays there, and a move does not."""
+    truth = known(4, 12, (80.0, 120.0))
+    features, _ = draw(truth, 2000)
+    first, second, third, fourth = truth.directions
+    directions = torch.stack([first + 0.1 * second, first - 0.1 * second, second, third + fourth])
+    start = VMFMixture(torch.ones(4), directions, torch.tensor([80.0, 80, 80, 8]))
+    stuck = fit_vmf_mixture(features, 4, init=start, split_merge_rounds=0)
+    free = fit_vmf_mixture(features, 4, init=start)
+    matched(free.mixture, truth)
+    assert (stuck.moved, free.moved) == (0, 1)
+    assert free.log_likelihood > truth.log_prob(features).mean() > stuck.log_likelihood + 0.5
+
+
+def test_a_round_that_does_not_gain_is_taken_back(monkeypatch):
+    truth = known(4, 12, (80.0, 120.0))
+    features, _ = draw(truth, 2000)
+    alone = fit_vmf_mixture(features, 4, init=truth, split_merge_rounds=0)
+    worse = VMFMixture(torch.ones(4), truth.directions[[0, 0, 1, 1]], truth.kappa)
+    monkeypatch.setattr(fit_module, "split_and_merge", lambda *_: (worse, 1))
+    fit = fit_vmf_mixture(features, 4, init=truth)
+    assert fit.moved == 0
+    assert fit.log_likelihoods[: len(alone.log_likelihoods)] == pytest.approx(alone.log_likelihoods, rel=1e-12)
+    assert fit.log_likelihood == pytest.approx(fit.mixture.log_prob(features).mean().item(), rel=1e-12)
+
+
+def test_nothing_is_moved_where_nothing_is_to_be_gained():
+    truth = known(6, 12, (200.0, 300.0))
+    features, _ = draw(truth, 3000)
+    good = fit_vmf_mixture(features, 6, init=truth, split_merge_rounds=0)
+    generator = torch.Generator().manual_seed(0)
+    moved, moves = split_and_merge(good.mixture, features, len(features), good.max_kappa, 1e-3, generator)
+    assert moved is good.mixture
+    assert moves == 0
 
 
 def test_a_pass_is_the_m_step_of_the_textbook():
@@ -132,7 +170,7 @@ def test_empty_components_are_moved_to_the_data():
     truth = known(4, 12, (80.0, 120.0))
     features, _ = draw(truth, 2000)
     fit = fit_vmf_mixture(features, 4, init=with_empty_components(truth))
-    assert fit.reseeded == 2
+    assert fit.moved == 2
     assert fit.mixture.weights.min() > 0.05
     assert fit.log_likelihood > fit_vmf_mixture(features, 2).log_likelihood + 1
 
@@ -206,13 +244,13 @@ def fits_of_rank(rank: int | None) -> list[dict[str, torch.Tensor]]:
     fits = [
         fit_vmf_mixture(features, 4, init=truth, max_iterations=4),
         fit_vmf_mixture(features, 4, tolerance=1e-7),
-        fit_vmf_mixture(features, 4, init=with_empty_components(truth), max_iterations=4),
+        fit_vmf_mixture(features, 4, init=with_empty_components(truth)),
         fit_vmf_mixture(features, 4, batch_size=100, max_iterations=2),
     ]
     online = OnlineEM(truth, max_kappa=1e4)
     for batch in everything.split(100)[:3]:
         online.update_(batch if rank is None else batch[:30] if rank == 0 else batch[30:])
-    found = [{"log_likelihood": fit.log_likelihood, "reseeded": fit.reseeded} | vars(fit.mixture) for fit in fits]
+    found = [{"log_likelihood": fit.log_likelihood, "moved": fit.moved} | vars(fit.mixture) for fit in fits]
     torch.manual_seed(0)
     head = VMFPrototypeHead(12, 4, hidden_dim=24, bottleneck_dim=12).double()
     warm_start_(head, features)
@@ -229,7 +267,7 @@ def test_two_ranks_fit_what_one_process_fits():
             torch.testing.assert_close(first[index][name], one[index][name])
     assert first[0]["log_likelihood"] == pytest.approx(one[0]["log_likelihood"], rel=1e-12)
     assert first[1]["log_likelihood"] == pytest.approx(one[1]["log_likelihood"], abs=1e-3)  # other starts, one optimum
-    assert first[2]["reseeded"] == 2  # components that are empty on all ranks together
+    assert first[2]["moved"] == 2  # components that are empty on all ranks together
     assert first[3]["log_likelihood"] > first[1]["log_likelihood"] - 1
     for name in ("mlp.0.weight", "mlp.0.bias", "mlp.4.weight"):  # principal directions of the rows of all ranks
         torch.testing.assert_close(first[5][name], one[5][name])

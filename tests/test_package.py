@@ -79,6 +79,7 @@ LAYERS = [
     ["_targets"],
     ["_chunked", "cross_entropy", "report", "_first_outputs", "_attached", "teacher"],
     ["mixture.concentration", "mixture._sampling", "mixture.distribution", "mixture._ranks", "mixture._seeding"],
+    ["mixture._split_merge"],
     ["mixture._steps", "mixture.online", "mixture.fit", "mixture.scores", "mixture._isometric"],
     ["mixture.compression", "mixture.warm_start", "mixture"],
     ["", "compat", "compat._sinkhorn", "compat._temperature", "compat.convert"],

@@ -76,7 +76,8 @@ def maximisation(statistics: Statistics, old: VMFMixture, max_kappa: float) -> V
     known = length > 0  # a component without any row stays where it is
     resultant = torch.where(known, length / statistics.weight, 0).clamp(max=1)
     kappa = vmf_concentration(resultant, old.dim).clamp(max=max_kappa)
-    directions = torch.where(known[:, None], statistics.total, old.directions)
+    # Of unit length before it is rounded: that of a component which explains hardly any row underflows in float32.
+    directions = torch.where(known[:, None], statistics.total / length[:, None], old.directions)
     return VMFMixture(statistics.weight.to(old.kappa), directions.to(old.kappa), kappa.to(old.kappa))
 
 

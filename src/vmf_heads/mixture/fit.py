@@ -18,7 +18,8 @@ from .._matmul import at_least_float32
 from .._memory import rows_per_chunk
 from ._ranks import gather_rows, rank_and_size
 from ._seeding import starting_mixture
-from ._steps import distant_rows, expectation, maximisation, reseed
+from ._split_merge import split_and_merge
+from ._steps import distant_rows, expectation, maximisation
 from .concentration import vmf_concentration
 from .distribution import VMFMixture
 from .online import OnlineEM
@@ -27,7 +28,8 @@ __all__ = ["MixtureFit", "fit_vmf_mixture"]
 
 SEEDING_ROWS = 64  # per component: so many rows, drawn at random, are what the start is chosen from
 MIN_ROWS = 2.0  # a component that explains less is empty
-MOST_RESEEDINGS = 10  # passes after which empty components are moved; later ones leave them
+MOST_RESEEDINGS = 10  # passes of mini-batches after which empty components are moved; later ones leave them
+COARSE = 10  # times the tolerance: what a pass still gains when components are split and merged
 RELATIVE_DISPERSION = 1e-3  # of one component, beside that of all rows: the default bound of kappa
 # How far the length of a row may be from 1.
 LENGTH_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -40,7 +42,7 @@ class MixtureFit:
     mixture: VMFMixture
     log_likelihoods: list[float] = field(default_factory=list)  # nats per row, one of each pass
     converged: bool = False
-    reseeded: int = 0  # how many empty components were moved
+    moved: int = 0  # how many components ended in another place, by split and merge or because they were empty
     max_kappa: float = math.inf  # the bound of kappa
 
     @property
@@ -58,6 +60,7 @@ def fit_vmf_mixture(
     max_iterations: int = 100,
     tolerance: float = 1e-4,
     max_kappa: float | None = None,
+    split_merge_rounds: int = 10,
     init: VMFMixture | None = None,
     seed: int = 0,
     process_group: dist.ProcessGroup | None = None,
@@ -71,13 +74,16 @@ def fit_vmf_mixture(
         features: y (N, p), unit vectors, on any device; of each rank its own under torch.distributed. Memory beyond
             them is some megabytes and a few times (K, p): no tensor (N, K) exists.
         num_components: K, at most the number of rows.
-        batch_size: None runs EM over all rows: the likelihood of no pass is below the one before, but after a pass that
-            moved empty components. A number runs online EM (`OnlineEM`) over shuffled batches of so many rows of each
+        batch_size: None runs EM over all rows: the likelihood of no pass is below the one before, but after components
+            were moved. A number runs online EM (`OnlineEM`) over shuffled batches of so many rows of each
             rank.
         max_iterations: passes over the data, at most.
         tolerance: stop when the mean log-likelihood of a pass is less than this above the one before, in nats.
         max_kappa: upper bound of every kappa, as the likelihood is infinite where a component holds one point alone.
             None: the kappa whose dispersion 1 - A_p(kappa) is a thousandth of that of all rows, 1 - ||mean of y||.
+        split_merge_rounds: how often, at most, EM over all rows may leave a local maximum: where two components share
+            what one could hold and a third holds what two could, the two become one and the third becomes two. A round
+            that has not raised the likelihood when EM has converged again is taken back, with its passes. 0: never.
         init: where to start, instead of k-means++ on the sphere with one kappa for all components.
         seed: of all random choices: the same arguments give the same mixture on the same machine.
         process_group: the ranks that fit one mixture together; None: all of them, where torch.distributed runs. Every
@@ -87,8 +93,9 @@ def fit_vmf_mixture(
     Returns:
         A `MixtureFit` with the `mixture`, in float64 for float64 features, else in float32, and the `log_likelihoods`.
 
-    A component that explains less than two rows is empty. After each of the first 10 passes that leave any, these are
-    moved to rows drawn by the rule of k-means++ from those far from their component.
+    Over all rows a component that explains hardly anything is merged with a neighbour. With mini-batches one that
+    explains less than two rows is moved, after each of the first 10 passes that leave any, to a row drawn by the rule
+    of k-means++ from those far from their component.
 
     Raises:
         TypeError: `features` is not a floating tensor.
@@ -96,7 +103,7 @@ def fit_vmf_mixture(
         ImportError: `progress=True` without tqdm.
 
     References: Banerjee et al., JMLR 6, 2005, section 4 (EM); Cappé and Moulines, JRSS B 71, 2009 (online EM); Arthur
-    and Vassilvitskii, SODA 2007 (k-means++).
+    and Vassilvitskii, SODA 2007 (k-means++); Ueda et al., Neural Computation 12, 2000 (split and merge).
 
     >>> import torch
     >>> from vmf_heads.mixture import VMFMixture, fit_vmf_mixture
@@ -110,6 +117,7 @@ def fit_vmf_mixture(
     """
     count = at_least("num_components", num_components, 1)
     at_least("max_iterations", max_iterations, 1)
+    at_least("split_merge_rounds", split_merge_rounds, 0)
     if batch_size is not None:
         at_least("batch_size", batch_size, 1)
     rows, dispersion = _check_features(features, process_group)
@@ -134,9 +142,14 @@ def fit_vmf_mixture(
     # From here on each rank draws for its own rows.
     generator.manual_seed(seed + 1 + rank_and_size(process_group)[0])
     passes = _Passes(max_iterations, progress)
-    if batch_size is None:
-        return _full_batch(features, mixture, bound, rows, tolerance, passes, generator, process_group)
-    return _mini_batch(features, mixture, bound, rows, batch_size, tolerance, passes, generator, process_group)
+    try:
+        if batch_size is None:
+            return _full_batch(
+                features, mixture, bound, rows, tolerance, split_merge_rounds, passes, generator, process_group
+            )
+        return _mini_batch(features, mixture, bound, rows, batch_size, tolerance, passes, generator, process_group)
+    finally:
+        passes.close()
 
 
 def _full_batch(
@@ -145,28 +158,56 @@ def _full_batch(
     max_kappa: float,
     rows: int,
     tolerance: float,
+    split_merge_rounds: int,
     passes: _Passes,
     generator: torch.Generator,
     process_group: dist.ProcessGroup | None,
 ) -> MixtureFit:
+    """Climb, leave the local maximum by splitting and merging, climb again; to the last digit only at the end."""
+
+    def climb(start: VMFMixture, least_rise: float) -> MixtureFit:
+        return _climb(features, start, max_kappa, rows, least_rise, passes, process_group)
+
+    coarse = COARSE * tolerance
+    best = climb(mixture, coarse if split_merge_rounds else tolerance)
+    history, moved = best.log_likelihoods, 0
+    for _ in range(split_merge_rounds):
+        if passes.over:
+            break
+        start, moves = split_and_merge(best.mixture, features, rows, max_kappa, coarse, generator, process_group)
+        if not moves:
+            break
+        found = climb(start, coarse)
+        if found.log_likelihood <= best.log_likelihood:
+            break
+        best, history, moved = found, history + found.log_likelihoods, moved + moves
+    if split_merge_rounds and not passes.over:
+        best = climb(best.mixture, tolerance)
+        history = history + best.log_likelihoods[1:]
+    return MixtureFit(best.mixture, history, best.converged, moved, max_kappa)
+
+
+def _climb(
+    features: Tensor,
+    mixture: VMFMixture,
+    max_kappa: float,
+    rows: int,
+    least_rise: float,
+    passes: _Passes,
+    process_group: dist.ProcessGroup | None,
+) -> MixtureFit:
+    """EM until a pass gains less than `least_rise`, or there are no passes left."""
     history: list[float] = []
-    converged, reseeded, reseedings, settled = False, 0, 0, True
+    converged = False
     for last in passes:
         found = expectation(mixture, features, process_group)
         history.append(found.log_likelihood / rows)
         passes.show(history)
-        converged = settled and len(history) > 1 and history[-1] - history[-2] < tolerance
+        converged = len(history) > 1 and history[-1] - history[-2] < least_rise
         if converged or last:
             break  # so that the last likelihood is that of the mixture
         mixture = maximisation(found, mixture, max_kappa)
-        empty = found.weight < min(MIN_ROWS, rows / mixture.num_components / 2)
-        settled = not (empty.any() and reseedings < MOST_RESEEDINGS)
-        if not settled:
-            places = distant_rows(mixture, features, generator, process_group)
-            reseedings += 1
-            reseeded += min(len(places), int(empty.sum()))
-            mixture = reseed(mixture, empty, places)
-    return MixtureFit(mixture, history, converged, reseeded, max_kappa)
+    return MixtureFit(mixture, history, converged, max_kappa=max_kappa)
 
 
 def _mini_batch(
@@ -184,7 +225,7 @@ def _mini_batch(
     # As many batches on every rank, whatever their shares of the rows are.
     steps = max(1, rows // (rank_and_size(process_group)[1] * batch_size))
     history: list[float] = []
-    converged, reseeded, reseedings = False, 0, 0
+    converged, moved, reseedings = False, 0, 0
     for last in passes:
         order = torch.randperm(len(features), generator=generator).to(features.device)
         total = 0.0
@@ -198,12 +239,12 @@ def _mini_batch(
         if empty.any() and reseedings < MOST_RESEEDINGS and not last:
             places = distant_rows(online.mixture, features, generator, process_group)
             reseedings += 1
-            reseeded += min(len(places), int(empty.sum()))
+            moved += min(len(places), int(empty.sum()))
             online.reseed_(empty, places)
         elif len(history) > 1 and history[-1] - history[-2] < tolerance:
             converged = True
             break
-    return MixtureFit(online.mixture, history, converged, reseeded, max_kappa)
+    return MixtureFit(online.mixture, history, converged, moved, max_kappa)
 
 
 def _check_features(features: Tensor, process_group: dist.ProcessGroup | None) -> tuple[int, float]:
@@ -253,10 +294,10 @@ def _start(
 
 
 class _Passes:
-    """Counts passes, says which one is the last, and shows a bar if that is wanted."""
+    """Counts passes, says which one is the last, and shows a bar if that is wanted. A second loop goes on counting."""
 
     def __init__(self, count: int, progress: bool) -> None:
-        self._count = count
+        self._count, self._done = count, 0
         self._bar: Any = None
         if progress:
             try:
@@ -265,16 +306,23 @@ class _Passes:
                 raise ImportError("`progress` (=True) needs tqdm: pip install tqdm") from None
             self._bar = module.tqdm(total=count, desc="vMF mixture", unit="pass")
 
+    @property
+    def over(self) -> bool:
+        """Whether there are no more."""
+        return self._done == self._count
+
     def __iter__(self) -> Iterator[bool]:
-        try:
-            for index in range(self._count):
-                yield index == self._count - 1
-        finally:
-            if self._bar is not None:
-                self._bar.close()
+        while not self.over:
+            self._done += 1
+            yield self.over
 
     def show(self, history: list[float]) -> None:
         """One more pass with this history of likelihoods."""
         if self._bar is not None:
             self._bar.set_postfix(nats=f"{history[-1]:.4f}")
             self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
