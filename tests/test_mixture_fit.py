@@ -104,6 +104,17 @@ def test_a_round_that_does_not_gain_is_taken_back(monkeypatch):
     assert fit.log_likelihood == pytest.approx(fit.mixture.log_prob(features).mean().item(), rel=1e-12)
 
 
+def test_a_fit_that_runs_out_of_passes_has_not_converged():
+    features, _ = draw(known(4, 12, (80.0, 120.0)), 2000)
+    fits = [fit_vmf_mixture(features, 4, max_iterations=count) for count in (1, 2, 3, 4, 5, 6, 7, 100)]
+    assert [fit.converged for fit in fits][-1]
+    for fit in fits:
+        assert fit.log_likelihood == pytest.approx(fit.mixture.log_prob(features).mean().item(), rel=1e-12)
+        if fit.converged:
+            assert fit.log_likelihoods[-1] - fit.log_likelihoods[-2] < 1e-4
+    assert not any(fit.converged for fit in fits[:3])
+
+
 def test_nothing_is_moved_where_nothing_is_to_be_gained():
     truth = known(6, 12, (200.0, 300.0))
     features, _ = draw(truth, 3000)

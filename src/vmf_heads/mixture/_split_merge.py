@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._distributed import all_reduce_sum_
+from .._matmul import without_autocast
 from .._memory import rows_per_chunk
 from ..special import log_vmf_normalizer
 from .concentration import vmf_concentration
@@ -74,13 +75,14 @@ def split_and_merge(
     count = mixture.num_components
     if count < 3:
         return mixture, 0
-    halves = _halves(mixture, features, max_kappa, generator, process_group)
+    with without_autocast(features.device):
+        halves = _halves(mixture, features, max_kappa, generator, process_group)
+        first, second = _near_pairs(mixture.directions)
     whole = _Parts.of(halves.weight.sum(dim=1), halves.total.sum(dim=1), max_kappa)
     gain = halves.value.sum(dim=1) - whole.value
     small = halves.weight < max(2.0, SMALLEST_SHARE * rows / count)
     gain[(small | ~halves.directed).any(dim=1)] = -torch.inf
 
-    first, second = _near_pairs(mixture.directions)
     merged = _Parts.of(whole.weight[first] + whole.weight[second], whole.total[first] + whole.total[second], max_kappa)
     cost = whole.value[first] + whole.value[second] - merged.value
     cost[~merged.directed] = torch.inf

@@ -170,7 +170,7 @@ def _full_batch(
 
     coarse = COARSE * tolerance
     best = climb(mixture, coarse if split_merge_rounds else tolerance)
-    history, moved = best.log_likelihoods, 0
+    history, moved, converged = best.log_likelihoods, 0, best.converged and not split_merge_rounds
     for _ in range(split_merge_rounds):
         if passes.over:
             break
@@ -183,8 +183,8 @@ def _full_batch(
         best, history, moved = found, history + found.log_likelihoods, moved + moves
     if split_merge_rounds and not passes.over:
         best = climb(best.mixture, tolerance)
-        history = history + best.log_likelihoods[1:]
-    return MixtureFit(best.mixture, history, best.converged, moved, max_kappa)
+        history, converged = history + best.log_likelihoods[1:], best.converged
+    return MixtureFit(best.mixture, history, converged, moved, max_kappa)
 
 
 def _climb(
