@@ -2,6 +2,7 @@
 
     python examples/vit_ssl/seeds.py --output runs/seeds
     python examples/vit_ssl/seeds.py --output runs/seeds --recipes photos_ibot photos_ibot_vmf
+    python examples/vit_ssl/seeds.py --output runs/seeds --recipes small28_dino_vmf_quick small28_msn_vmf --data IMAGES
 
 pretrains each recipe with each seed (two runs at a time, one thread each), evaluates them and the network before its
 first step on the test split, and prints a Markdown table with paired differences. Interrupted, the same command goes on
@@ -27,7 +28,7 @@ from reporting.demo_table import ACCURACIES, RUNS, is_evaluated, paired_differen
 from runtime.lanes import Job, run_lanes
 
 SCRIPTS = Path(__file__).parent
-RANDOM = "randomly initialised ViT"
+RANDOM = "randomly initialised network"
 # What two recipes must share so that one untrained network is the baseline of both.
 SHARED = ("dataset", "image_size", "backbone", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 SHARED += ("feature_grid", "initializer_range")
@@ -37,6 +38,7 @@ def main(
     output: Path = Path("runs/seeds"),
     recipes: tuple[str, ...] = tuple(RUNS.values()),
     seeds: tuple[int, ...] = (0, 1, 2),
+    data: Path | None = None,
     max_steps: int | None = None,
     parallel: int = 2,
     debug: bool = False,
@@ -47,6 +49,7 @@ def main(
         output: directory of the runs.
         recipes: what to compare: recipes of the same data and backbone.
         seeds: at least two, fixed before looking at any result.
+        data: folder of images with the splits train, val and test, for recipes whose `dataset` is a folder.
         max_steps: stop each pretraining after this many steps, to try the whole path in less time.
         parallel: runs at a time.
         debug: show the traceback of an error.
@@ -55,17 +58,17 @@ def main(
         raise ValueError(f"`seeds` (={seeds}) must be at least two different numbers")
     if parallel < 1:
         raise ValueError(f"`parallel` (={parallel}) must be at least 1")
-    models = labelled(recipes)
-    runs = [jobs(output, models, label, seed, max_steps) for seed in seeds for label in models]
+    models = labelled(recipes, data)
+    runs = [jobs(output, models, label, seed, data, max_steps) for seed in seeds for label in models]
     lanes = {f"lane {i + 1}": [job for run in runs[i::parallel] for job in run] for i in range(parallel)}
     run_lanes(lanes)
-    print(report(output, models, seeds))
+    print(report(output, models, seeds, data))
 
 
-def labelled(names: Sequence[str]) -> dict[str, Recipe]:
+def labelled(names: Sequence[str], data: Path | None = None) -> dict[str, Recipe]:
     """Return the recipes by what the table calls them.
 
-    Raises ValueError unless they are different ones, and of the same data, which needs no path, and backbone.
+    Raises ValueError unless they are different ones, of the same data and backbone, with `data` if they need it.
     """
     recipes = [load_recipe(name) for name in names]
     labels = [METHODS[r.method] + ("-vMF" if r.normalization == "vmf" else "") for r in recipes]
@@ -75,13 +78,21 @@ def labelled(names: Sequence[str]) -> dict[str, Recipe]:
         if len({getattr(recipe, field) for recipe in recipes}) > 1:
             values = ", ".join(f"{recipe.name} {getattr(recipe, field)}" for recipe in recipes)
             raise ValueError(f"`recipes` must have the same `{field}`, for one untrained network beside them: {values}")
-    if recipes[0].dataset not in ("photos", "digits"):
-        raise ValueError(f"`recipes` (={tuple(names)}) must have `dataset` photos or digits, not {recipes[0].dataset}")
+    dataset = recipes[0].dataset
+    if dataset not in ("photos", "digits", "folder"):
+        raise ValueError(f"`recipes` (={tuple(names)}) must have `dataset` photos, digits or folder, not {dataset}")
+    if (dataset == "folder") != (data is not None):
+        given = None if data is None else str(data)
+        raise ValueError(
+            f"`data` (={given}) must be a folder of images for recipes with `dataset` folder, and for no others"
+        )
     # Recipes of one method and normalisation are told apart by their names.
     return dict(zip(labels if len(set(labels)) == len(labels) else names, recipes, strict=True))
 
 
-def jobs(output: Path, models: Mapping[str, Recipe], label: str, seed: int, max_steps: int | None) -> list[Job]:
+def jobs(
+    output: Path, models: Mapping[str, Recipe], label: str, seed: int, data: Path | None, max_steps: int | None
+) -> list[Job]:
     """Return what is left to do for one recipe and seed; the first recipe's run has the untrained network, too."""
     recipe, todo = models[label].name, []
     directory = run_directory(output, recipe, seed)
@@ -89,6 +100,7 @@ def jobs(output: Path, models: Mapping[str, Recipe], label: str, seed: int, max_
     if not (directory / "backbone").exists():
         command = [sys.executable, str(SCRIPTS / "pretrain.py"), "--recipe", recipe, "--output", str(directory)]
         command += ["--seed", str(seed)]
+        command += [] if data is None else ["--data", str(data)]
         command += [] if max_steps is None else ["--max-steps", str(max_steps)]
         command += ["--resume"] if (directory / "checkpoint.pt").exists() else []
         todo.append(Job(f"{label}, seed {seed}: pretraining", command, log))
@@ -105,7 +117,7 @@ def run_directory(output: Path, recipe: str, seed: int) -> Path:
     return output / f"{recipe}-seed{seed}"
 
 
-def report(output: Path, models: Mapping[str, Recipe], seeds: Sequence[int]) -> str:
+def report(output: Path, models: Mapping[str, Recipe], seeds: Sequence[int], data: Path | None = None) -> str:
     """Return every seed's accuracies as a Markdown table, then the paired kNN differences."""
     first = next(iter(models.values()))
     rows = {RANDOM: (first.name, "random")} | {label: (recipe.name, "teacher") for label, recipe in models.items()}
@@ -116,7 +128,7 @@ def report(output: Path, models: Mapping[str, Recipe], seeds: Sequence[int]) -> 
         cells = [" ".join(f"{100 * row[column]:.1f}" for row in found) for column in ACCURACIES]
         used = [" ".join(str(row.get(name, "–")) for row in found) for name in ("used_scores", "used_targets")]
         lines.append(f"| {label} | {' | '.join(cells + used)} |")
-    labels = load_images(first.dataset, "test").labels
+    labels = load_images(first.dataset, "test", data=data).labels
     correct = {
         label: np.stack([knn_correct(run_directory(output, recipe, seed), features, labels) for seed in seeds])
         for label, (recipe, features) in rows.items()

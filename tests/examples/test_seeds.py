@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,13 +35,15 @@ def test_the_report_shows_every_seed_and_paired_differences(tmp_path):
             write_run(directory, "teacher", right[recipe], np.arange(n) < right[recipe] * n + index)
         write_run(seeds.run_directory(tmp_path, "photos_dino_vmf", seed), "random", 0.5, np.arange(n) < 0.5 * n)
     text = seeds.report(tmp_path, seeds.labelled(("photos_dino_vmf", "photos_dino", "photos_msn_vmf")), (3, 4))
-    assert "| randomly initialised ViT | 50.0 50.0 | 50.0 50.0 | 50.0 50.0 | 50.0 50.0 | – – | – – |" in text
+    assert "| randomly initialised network | 50.0 50.0 | 50.0 50.0 | 50.0 50.0 | 50.0 50.0 | – – | – – |" in text
     assert "| DINO-vMF | 75.0 75.0 | 75.0 75.0 | 75.0 75.0 | 75.0 75.0 | 7 7 | 9 9 |" in text
     compared = [line.split(":")[0] for line in text.splitlines() if line.startswith("kNN")]
-    assert compared == [f"kNN, {model} minus randomly initialised ViT" for model in ("DINO-vMF", "DINO", "MSN-vMF")] + [
+    assert compared == [
+        f"kNN, {model} minus randomly initialised network" for model in ("DINO-vMF", "DINO", "MSN-vMF")
+    ] + [
         "kNN, DINO-vMF minus DINO"  # plain MSN is not among them
     ]
-    assert "DINO-vMF minus randomly initialised ViT: +25" in text
+    assert "DINO-vMF minus randomly initialised network: +25" in text
 
 
 def test_the_two_standard_errors():
@@ -56,7 +59,7 @@ def test_the_two_standard_errors():
 
 
 def titles(output, models, label):
-    return [job.title.removeprefix(f"{label}, seed 1: ") for job in seeds.jobs(output, models, label, 1, None)]
+    return [job.title.removeprefix(f"{label}, seed 1: ") for job in seeds.jobs(output, models, label, 1, None, None)]
 
 
 def test_finished_parts_are_not_run_again(tmp_path):
@@ -67,6 +70,20 @@ def test_finished_parts_are_not_run_again(tmp_path):
     (directory / "backbone").mkdir(parents=True)
     write_run(directory, "random", 0.5, True)
     assert titles(tmp_path, models, "iBOT") == ["evaluating teacher"]
+
+
+def test_recipes_for_a_folder_get_its_name(tmp_path):
+    models = seeds.labelled(("small28_dino_vmf_quick", "small28_dino_quick"), tmp_path)
+    assert list(models) == ["DINO-vMF", "DINO"]
+    pretraining, *evaluating = seeds.jobs(tmp_path / "out", models, "DINO", 1, tmp_path, None)
+    assert pretraining.command[-2:] == ["--data", str(tmp_path)]
+    assert not any("--data" in job.command for job in evaluating)  # a run knows where its images are
+    with pytest.raises(
+        ValueError, match=r"`data` \(=None\) must be a folder of images for recipes with `dataset` folder"
+    ):
+        seeds.labelled(("small28_dino_quick",))
+    with pytest.raises(ValueError, match=r"`data` \(=/images\) must be .* with `dataset` folder, and for no others"):
+        seeds.labelled(("photos_dino",), Path("/images"))
 
 
 def test_recipes_share_the_lanes_and_the_default_is_one_each(tmp_path, monkeypatch):
@@ -88,7 +105,7 @@ def test_recipes_share_the_lanes_and_the_default_is_one_each(tmp_path, monkeypat
         ((), r"`recipes` \(=\(\)\) must be different ones, at least one"),
         (("photos_msn", "photos_msn"), r"`recipes` \(=\('photos_msn', 'photos_msn'\)\) must be different ones"),
         (("photos_dino", "digits_dino_vmf"), r"must have the same `dataset`, .*: photos_dino photos, digits_dino_vmf"),
-        (("imagenet_vits16_dino_vmf",), r"must have `dataset` photos or digits, not folder"),
+        (("imagenet_vits16_dino_vmf",), r"`data` \(=None\) must be a folder of images"),
     ],
 )
 def test_recipes_that_cannot_be_compared(tmp_path, recipes, message):

@@ -61,6 +61,9 @@ def compare(asked: Comparing) -> str:
     names = names if len(set(names)) == len(names) else list(asked.runs)
     opened = [open_evaluation(request) for request in requests]
     labels = opened[0].features(asked.split).labels
+    for evaluation in opened[1:]:  # before the evaluations, which take minutes
+        if not np.array_equal(evaluation.features(asked.split).labels, labels):
+            raise ValueError(f"`runs` (={asked.runs}) must be of the same images: name them with --data")
     models = [
         Model(name, _correct(open_evaluation(request), request, asked, labels))
         for name, request in _baselines(names, requests, opened).items()
@@ -84,8 +87,6 @@ def _baselines(names: Sequence[str], requests: Sequence[Request], opened: Sequen
 
 def _correct(evaluation: Evaluation, request: Request, asked: Comparing, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Return by protocol which images are classified right, on the main rank."""
-    if not np.array_equal(evaluation.features(asked.split).labels, labels):
-        raise ValueError(f"`runs` (={asked.runs}) must be of the same images: name them with --data")
     correct = {}
     for protocol in asked.protocols:
         run_protocol(protocol, evaluation, PROTOCOLS[protocol].options(), request)
