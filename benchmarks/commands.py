@@ -19,13 +19,13 @@ from benchmarks.mixture import mixture
 from benchmarks.mixture_fit import mixture_fit
 from benchmarks.normalizer import normalizer
 from benchmarks.ood import ood
-from benchmarks.photo_cells import photo_cells
 from benchmarks.photos import photos
 from benchmarks.probes import probes
 from benchmarks.rank_faults import rank_faults
 from benchmarks.scale import scale
 from benchmarks.segmentation import photo_scenes, segmentation
 from benchmarks.small_recipes import small_recipes
+from benchmarks.split_folder import split_folder
 from benchmarks.step import step
 from benchmarks.warm_start import warm_start
 
@@ -44,7 +44,7 @@ COMMANDS = {
     "photo-scenes": photo_scenes,
     "segmentation": segmentation,
     "distinct": distinct,
-    "photo-cells": photo_cells,
+    "split-folder": split_folder,
     "evidence": evidence,
     "concentration": concentration,
     "mixture-fit": mixture_fit,

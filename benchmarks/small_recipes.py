@@ -21,7 +21,7 @@ from seeds import SHARED
 DOCS = Path(__file__).parents[1] / "docs" / "examples.md"
 RECIPES = {
     "small28": ("small28_dino_vmf_quick", "small28_dino_quick", "small28_dino_vmf", "small28_msn_vmf"),
-    "small32": ("small32_dino_vmf",),
+    "small32": ("small32_dino_vmf", "small32_ibot_vmf"),
     "small64": ("small64_dino_vmf",),
 }
 """By the table of docs/examples.md that they are in; its result file has the same name."""
@@ -43,7 +43,7 @@ def small_recipes(
 
     Args:
         data: folder of images with the splits train, val and test, such as `python -m benchmarks fashion-folder` makes
-            for small28, and `python -m benchmarks photo-cells` for the other two.
+            for small28; docs/examples.md has the commands for the other two.
         size: which of the tables.
         recipes: what to train; all recipes of the table by default.
         seeds: what is trained where it is missing. The table has all seeds that `output` has.
