@@ -85,7 +85,8 @@ def fit_vmf_mixture(
             what one could hold and a third holds what two could, the two become one and the third becomes two. A round
             that has not raised the likelihood when EM has converged again is taken back, with its passes. 0: never.
         init: where to start, instead of k-means++ on the sphere with one kappa for all components.
-        seed: of all random choices: the same arguments give the same mixture on the same machine.
+        seed: of all random choices: the same arguments give the same mixture on the same machine, on CUDA under
+            `torch.use_deterministic_algorithms(True)`.
         process_group: the ranks that fit one mixture together; None: all of them, where torch.distributed runs. Every
             rank must call, and gets the same mixture. A pass, or a batch, takes one all-reduce.
         progress: show a bar; needs tqdm.
