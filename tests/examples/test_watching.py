@@ -99,9 +99,9 @@ def test_a_stream_is_refused() -> None:
 
 def test_the_sample_is_fixed_and_without_what_cannot_be_read(tmp_path: Path) -> None:
     recipe, _ = tiny_method()
-    images = pictures(900)
+    images = pictures(4000)
     sample = draw_sample(images, recipe, folder_without_val(tmp_path))
-    assert (len(sample.bank), len(sample.viewed), sample.val) == (225, 56, None)
+    assert (len(sample.bank), len(sample.viewed), sample.val) == (500, 125, None)
     assert sample.bank.labels.tolist() == draw_sample(images, recipe, tmp_path).bank.labels.tolist()
     assert [label for _, label in sample.bank] == sample.bank.labels.tolist()
     broken = tmp_path / "broken.png"
