@@ -20,7 +20,13 @@ from seeds import SHARED
 
 DOCS = Path(__file__).parents[1] / "docs" / "examples.md"
 RECIPES = {
-    "small28": ("small28_dino_vmf_quick", "small28_dino_quick", "small28_dino_vmf", "small28_msn_vmf"),
+    "small28": (
+        "small28_dino_vmf_quick",
+        "small28_dino_quick",
+        "small28_dino_vmf",
+        "small28_msn_vmf",
+        "small28_ibot_vmf",
+    ),
     "small32": ("small32_dino_vmf", "small32_ibot_vmf"),
     "small64": ("small64_dino_vmf",),
 }
