@@ -41,7 +41,7 @@ def split_folder(
             raise ValueError(f"`{name}` (={value}) must be at least 1")
     last = test or 0
     splits: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
-    for label, files in _classes(source).items():
+    for label, files in _classes("source", source).items():
         rest = len(files) - last - val
         if rest < 1:
             raise ValueError(
@@ -52,7 +52,7 @@ def split_folder(
         splits["val"] += files[rest : rest + val]
         splits["test"] += files[rest + val :]
     if test_from is not None:
-        splits["test"] = [file for files in _classes(test_from).values() for file in files]
+        splits["test"] = [file for files in _classes("test_from", test_from).values() for file in files]
     with whole_folder(output) as folder:
         for split, paths in splits.items():
             for path in paths:
@@ -62,15 +62,15 @@ def split_folder(
             print(f"{split}: {len(paths)} images")
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
+def _classes(name: str, folder: Path) -> dict[str, list[Path]]:
     """The images of each class folder, by name."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder")
+        raise FileNotFoundError(f"`{name}` (={str(folder)!r}) must be a folder of class folders")
     files = {
         path.name: sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
         for path in sorted(folder.iterdir())
         if path.is_dir()
     }
     if not files:
-        raise ValueError(f"{folder} must have a folder for each class, but it has no folders")
+        raise ValueError(f"`{name}` (={str(folder)!r}) must have a folder for each class, but it has no folders")
     return files

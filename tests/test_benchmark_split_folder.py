@@ -46,7 +46,11 @@ def test_a_test_set_of_its_own_and_fewer_training_images(source: Path, tmp_path:
         ),
         ({"val": 1}, ValueError, r"`test` \(=None\) or `test_from` \(=None\) must be given, and not both"),
         ({"val": 0, "test": 1}, ValueError, r"`val` \(=0\) must be at least 1"),
-        ({"val": 1, "test_from": Path("none")}, FileNotFoundError, "none is no folder"),
+        (
+            {"val": 1, "test_from": Path("none")},
+            FileNotFoundError,
+            r"`test_from` \(='none'\) must be a folder of class folders",
+        ),
     ],
 )
 def test_what_is_refused(source: Path, tmp_path: Path, options: dict, error: type[Exception], message: str) -> None:
