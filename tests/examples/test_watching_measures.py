@@ -17,9 +17,10 @@ def random_features(*shape: int) -> np.ndarray:
     return (x * np.arange(1, shape[-1] + 1) ** -0.7 + 0.3).astype(np.float32)
 
 
-def test_rankme_is_the_formula_of_its_paper() -> None:
-    x = random_features(30, 12)
-    sigma = [math.sqrt(value) for value in np.linalg.eigvalsh(x.astype(float).T @ x.astype(float))]
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+def test_rankme_is_the_formula_of_its_paper(shape: tuple[int, int]) -> None:
+    x = random_features(*shape)
+    sigma = np.linalg.svd(x.astype(float), compute_uv=False)
     p = [value / sum(sigma) + 1e-7 for value in sigma]
     assert rankme(x) == pytest.approx(math.exp(-sum(share * math.log(share) for share in p)), rel=1e-9)
     assert rankme(np.outer(np.ones(9), np.arange(1.0, 6))) == pytest.approx(1, abs=1e-4)
@@ -70,9 +71,10 @@ def test_feature_std_is_one_for_all_directions_and_zero_for_one() -> None:
     assert feature_std(np.outer(np.arange(1.0, 9), np.ones(5))) == pytest.approx(0, abs=1e-9)
 
 
-def test_the_ridge_classifier_is_that_of_scikit_learn() -> None:
+@pytest.mark.parametrize("dim", [12, 120])
+def test_the_ridge_classifier_is_that_of_scikit_learn(dim: int) -> None:
     labels = np.random.default_rng(1).integers(0, 5, 90)
-    x = random_features(90, 12) + 0.6 * np.eye(5, 12)[labels].astype(np.float32)
+    x = random_features(90, dim) + 0.6 * np.eye(5, dim)[labels].astype(np.float32)
     bank, queries = (Features(x[rows], labels[rows], list("abcde")) for rows in (slice(0, 50), slice(50, 90)))
     scaler = StandardScaler().fit(bank.x)
     theirs = RidgeClassifierCV(alphas=STRENGTHS).fit(scaler.transform(bank.x), bank.labels)
