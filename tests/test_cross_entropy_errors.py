@@ -137,7 +137,8 @@ def test_refused(changed: dict[str, Any], error: type[Exception], message: str) 
 def test_a_row_beyond_the_teacher_is_an_error() -> None:
     arguments = problem((7, 5, 13, 3, 2))
     arguments["teacher_rows"][3, 1] = 5
-    with pytest.raises((IndexError, RuntimeError), match="out of"):
+    message = r"`teacher_rows` \(with 5\) must be less than the rows in `teacher.features` \(=5\)"
+    with pytest.raises(IndexError, match=message):
         prototype_cross_entropy(**arguments)
 
 

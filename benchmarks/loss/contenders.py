@@ -11,6 +11,7 @@ from vmf_heads import prototype_cross_entropy
 from vmf_heads._logits import LogitsMemory, chunks_of
 from vmf_heads._matmul import autocast_dtype, mm_float32, without_autocast
 from vmf_heads._memory import rows_per_chunk
+from vmf_heads._row_groups import row_groups
 from vmf_heads.cross_entropy import dino_pairs
 
 Contender = Callable[[Inputs], Tensor]
@@ -103,8 +104,8 @@ def products(inputs: Inputs) -> None:
     )
     k, rows = len(w), rows_per_chunk(len(w), w.device)
     gradient, same_position = torch.zeros(w.shape, device=w.device), not inputs.size.ncrops
-    chunks = chunks_of(len(y), rows // 3 if same_position else rows)
-    memory = LogitsMemory(chunks[0].stop, w)
+    chunks = chunks_of(len(y), rows // 2 if same_position else rows)
+    memory = LogitsMemory(max(chunks[0].stop, min(rows, len(teacher_y))), w)
     probabilities = torch.ones(chunks[0].stop, k, dtype=half, device=w.device) if half else None
 
     def logits(rows: Tensor, prototypes: Tensor) -> None:
@@ -122,13 +123,23 @@ def products(inputs: Inputs) -> None:
             mm_float32(p, w)
             mm_float32(p.T, rows)
 
-    for chunk in chunks:
+    together = None
+    if inputs.size.ncrops and w.device.type == "cpu":  # where the targets are subtracted from the student's softmax
+        pairs, _ = dino_pairs(inputs.size.images, inputs.size.ncrops)
+        together = row_groups(pairs, len(teacher_y), most_rows=rows, dim=w.shape[1])
+    for teachers in together or ():
+        logits(teacher_y[teachers.rows], teacher_w)
+        for students in teachers.students:
+            logits(y[students.rows], w)
+            gradients(y[students.rows])
+    for chunk in () if together else chunks:
         if same_position:
             logits(teacher_y[chunk], teacher_w)
         logits(y[chunk], w)
         gradients(y[chunk])
-    rows = rows if w.device.type == "cpu" else rows // 2  # where the teacher's statistics have logits of their own
-    for chunk in [] if same_position else chunks_of(len(teacher_y), rows):
+    # Where the teacher's rows have chunks of their own, so have the logits of its statistics, but on a CPU.
+    rows = rows if w.device.type == "cpu" else rows // 2
+    for chunk in () if together or same_position else chunks_of(len(teacher_y), rows):
         logits(teacher_y[chunk], teacher_w)
         gradients(teacher_y[chunk])
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from . import _memory
-from ._shards import Exchange
 from ._weight_normed import WeightNormed
 
 _FILLING = 32
 """So many rows, or a multiple, leave no remainder in a loop over their numbers for one prototype."""
 
-_SUMMED_AT_ONCE = 2048
+_SUMMED_AT_ONCE, _MULTIPLIED_AT_ONCE = 2048, 256
+
+Groups = Sequence[tuple[slice, slice]]
 
 
 class LogitsMemory:
@@ -30,13 +31,13 @@ class LogitsMemory:
         self._prototypes = len(v)
         self._memory = torch.empty(rows * len(v), dtype=v.dtype, device=v.device)
 
-    def take(self, rows: int, buffers: int = 1) -> list[Tensor]:
-        """So many tensors (rows, K), beside each other; those of the last call are overwritten."""
+    def take(self, *rows: int) -> list[Tensor]:
+        """Tensors (rows, K) of so many rows, beside each other; those of the last call are overwritten."""
         k = self._prototypes
-        memory = self._memory[: buffers * rows * k]
+        parts = self._memory[: sum(rows) * k].split([n * k for n in rows])
         if self._transposed:
-            return [part.t() for part in memory.view(buffers, k, rows)]
-        return list(memory.view(buffers, rows, k))
+            return [part.view(k, n).t() for part, n in zip(parts, rows, strict=True)]
+        return [part.view(n, k) for part, n in zip(parts, rows, strict=True)]
 
 
 def chunks_of(n: int, rows: int) -> list[slice]:
@@ -117,32 +118,69 @@ def log_sum_of_predictions(p: Tensor, bias: Tensor | None) -> Tensor | None:
     return sums.log_().add_(log_weights)
 
 
-def differences_(
-    w: WeightNormed,
-    y: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    mass: Tensor | None,
-    buffers: Sequence[Tensor],
-    exchange: Exchange,
-) -> tuple[Tensor, Tensor]:
-    """(targets - softmax, cross-entropy towards the targets) of the logits <y, w> + bias of rows y (c, p).
+def meet_at_same_place_(logits: Tensor, largest: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums (c,) of exp(logits - largest), which overwrites the logits (c, K), and <targets, logits - largest> (c,).
 
-    The former (c, K) overwrites `targets`, the latter is (c,). `mass` (c,) is the sum of a row of targets, where that
-    is not 1; the cross-entropy is this rank's part of it.
+    Row i of the targets (c, K) is that of row i of the logits.
     """
-    logits, largest = logits_(w, y, bias, buffers[0])
     mean_logit, divisor = torch.zeros_like(largest), torch.zeros_like(largest)
     for block in _blocks(logits):
         # Less the largest before they meet the targets: or rounding would take the small losses of confident rows.
         part = logits[:, block].sub_(largest[:, None])
-        mean_logit += torch.mul(targets[:, block], part, out=buffers[1][:, : part.shape[1]]).sum(dim=1)
+        mean_logit += (targets[:, block] * part).sum(dim=1)
         divisor += part.exp_().sum(dim=1)
-    log_sum, inverse = divisor.log(), divisor.reciprocal()
-    if exchange.ranks > 1:
-        whole = exchange.logsumexp(largest + log_sum) - largest
-        inverse, log_sum = (-whole).exp(), whole if mass is None else whole * mass
-    return targets.addcmul_(logits, inverse[:, None], value=-1), log_sum - mean_logit
+    return divisor, mean_logit
+
+
+def meet_in_groups_(
+    logits: Tensor, largest: Tensor, targets: Tensor, pair_weight: Tensor, groups: Groups
+) -> tuple[Tensor, Tensor]:
+    """As `meet_at_same_place_`, where <targets, .> is the sum over targets j (n, K) with the weights pair_weight_ij.
+
+    These (c, n) are 0 but for the `groups`, pairs of slices of c and of n, which follow each other in c.
+    """
+    meetings = [logits.new_zeros(len(logits[rows]), len(targets[others])) for rows, others in groups]
+    divisor = torch.zeros_like(largest)
+    for block in _blocks(logits):
+        part = logits[:, block].sub_(largest[:, None])
+        for meeting, (rows, others) in zip(meetings, groups, strict=True):
+            meeting += _product_in_parts(part[rows], targets[others, block])
+        divisor += part.exp_().sum(dim=1)
+    pairs = zip(meetings, groups, strict=True)
+    return divisor, torch.cat([(meeting * pair_weight[rows, others]).sum(dim=1) for meeting, (rows, others) in pairs])
+
+
+def subtract_at_same_place_(
+    p: Tensor, p_factor: Tensor, targets: Tensor, target_factor: Tensor, column_sums: Tensor | None, weight: Tensor
+) -> None:
+    """p (c, K) becomes p_factor * p - target_factor * targets, factors (c,), and weight @ p is added to column_sums."""
+    for block in _blocks(p):
+        part = p[:, block].mul_(p_factor[:, None]).addcmul_(targets[:, block], target_factor[:, None], value=-1)
+        if column_sums is not None:
+            column_sums[block].addmv_(part.t(), weight)
+
+
+def subtract_in_groups_(
+    p: Tensor, p_factor: Tensor, targets: Tensor, pair_weight: Tensor, groups: Groups, column_sums: Tensor | None
+) -> None:
+    """p (c, K) becomes p_factor (c,) * p - pair_weight @ targets, and its sums over c are added to `column_sums`."""
+    for block in _blocks(p):
+        part = p[:, block].mul_(p_factor[:, None])
+        for rows, others in groups:
+            part[rows].addmm_(pair_weight[rows, others], targets[others, block], alpha=-1)
+        if column_sums is not None:
+            column_sums[block] += part.sum(dim=0)
+
+
+def _product_in_parts(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T of a (m, K) and b (n, K), which adds up few of the K products at a time.
+
+    A small product of matrices adds up one by one, and where the sum has grown, small numbers are lost.
+    """
+    whole = a.shape[1] // _MULTIPLIED_AT_ONCE * _MULTIPLIED_AT_ONCE
+    left, right = (x[:, :whole].unflatten(1, (-1, _MULTIPLIED_AT_ONCE)) for x in (a, b))
+    result = torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).sum(dim=0)
+    return result if whole == a.shape[1] else result.addmm_(a[:, whole:], b[:, whole:].t())
 
 
 def _blocks(logits: Tensor) -> list[slice]:
@@ -154,12 +192,14 @@ def _blocks(logits: Tensor) -> list[slice]:
     rows, k = logits.shape
     if logits.is_contiguous():
         return [slice(0, k)]
-    size = max(1, _memory.CACHE_BYTES // (4 * rows))
+    size = _memory.CACHE_BYTES // (4 * rows)
+    size = max(size // _MULTIPLIED_AT_ONCE, 1) * _MULTIPLIED_AT_ONCE  # which leaves a remainder in the last one only
     return [slice(start, min(start + size, k)) for start in range(0, k, size)]
 
 
 def _affine_(products: Tensor, factor: Tensor | None, bias: Tensor | None) -> Tensor:
-    """products * factor + bias, in place and in one pass."""
+    """products * factor + bias, in place; on a CPU one pass of both would take longer than two."""
     if factor is None:
         return products if bias is None else products.add_(bias)
-    return products.mul_(factor) if bias is None else torch.addcmul(bias, products, factor, out=products)
+    products.mul_(factor)
+    return products if bias is None else products.add_(bias)

@@ -8,9 +8,9 @@ import torch
 # are read, and it should be small beside the logits of a whole batch. What is allocated chunk by chunk has several
 # buffers, each below 32 MiB: from there glibc's malloc asks the system for fresh pages every time, and those take as
 # long as a matrix product. The loss takes its memory once a call.
-CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 128 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 # Several elementwise passes over a block of this size find it in a cache.
-CACHE_BYTES = 4 * 2**20
+CACHE_BYTES = 2 * 2**20
 
 
 def rows_per_chunk(columns: int, device: torch.device, buffers: int = 1) -> int:

@@ -56,7 +56,7 @@ class Targets:
         while start < len(z):
             buffers = 1 if self._from_exponentials else 2
             rows = chunks_of(len(z) - start, self._chunk_rows // buffers)[0].stop
-            made = self._try(z[start : start + rows], *memory.take(rows, buffers))
+            made = self._try(z[start : start + rows], *memory.take(*buffers * [rows]))
             if made is not None:
                 p, divisor, share = made
                 yield slice(start, start + rows), p, over(share, divisor)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ._checks import at_least, constant, one_of
-from ._chunked import ChunkedCrossEntropy, Distillation
+from ._chunked import ChunkedCrossEntropy
+from ._distillation import Distillation
 from ._matmul import autocast_dtype, without_autocast
 from ._memory import rows_per_chunk
 from ._shards import exchanges, local_rows, place_of, shards_of

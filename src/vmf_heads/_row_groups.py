@@ -1,0 +1,147 @@
+"""Which student rows and teacher rows can be worked on together, because no pair leads out of their group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._logits import chunks_of
+
+
+class _Component(NamedTuple):
+    """Rows that pairs connect, as the crops of one image."""
+
+    students: list[int]
+    teachers: list[int]
+
+
+@dataclass(frozen=True)
+class StudentChunk:
+    """Student rows that are in memory at a time.
+
+    Attributes:
+        rows: (ns,) int64, their numbers.
+        groups: slices of `rows`, each beside one of the rows of the `TeacherChunk`, in which all its teacher rows are.
+            In a chunk of DINO's crops they are the crops of some images.
+        pairs: three (n,) int64: the student row of a pair as a place in `rows`, its teacher row as one in those of the
+            `TeacherChunk`, and its place in the flat `teacher_rows`.
+    """
+
+    rows: Tensor
+    groups: tuple[tuple[slice, slice], ...]
+    pairs: tuple[Tensor, Tensor, Tensor]
+
+    def weights_of_pairs(self, weights: Tensor, teachers: int) -> Tensor:
+        """(ns, teachers), from weights in the shape of `teacher_rows`: the sum of those that a pair has there."""
+        student, teacher, place = self.pairs
+        result = weights.new_zeros(len(self.rows), teachers)
+        return result.index_put_((student, teacher), weights.flatten()[place], accumulate=True)
+
+
+@dataclass(frozen=True)
+class TeacherChunk:
+    """Teacher rows that are in memory at a time: (nt,) int64; and all student rows that are trained towards them."""
+
+    rows: Tensor
+    students: tuple[StudentChunk, ...]
+
+    @property
+    def rows_of_memory(self) -> int:
+        """How many rows of logits are needed: these, and beside them student rows in turn, or those of statistics."""
+        return len(self.rows) + max(len(self.rows), *(len(chunk.rows) for chunk in self.students), 0)
+
+
+def row_groups(teacher_rows: Tensor, teachers: int, *, most_rows: int, dim: int) -> tuple[TeacherChunk, ...] | None:
+    """Chunks of at most `most_rows` rows, a quarter of them the teacher's, in which are all pairs of `teacher_rows`.
+
+    A student row without a teacher row is in none of them, a teacher row without a student row is in one. None where
+    rows that hang together are too many, or so many that working on them together costs more than it saves.
+
+    Raises IndexError where a number is that of no teacher row.
+    """
+    return _row_groups(teacher_rows.numpy().tobytes(), teacher_rows.shape[1], teachers, most_rows, dim)
+
+
+@lru_cache(maxsize=16)  # a training step has the pairs of the last one
+def _row_groups(content: bytes, width: int, teachers: int, most_rows: int, dim: int) -> tuple[TeacherChunk, ...] | None:
+    flat = torch.frombuffer(bytearray(content), dtype=torch.int64).tolist() if content else []
+    if flat and max(flat) >= teachers:
+        raise IndexError(
+            f"`teacher_rows` (with {max(flat)}) must be less than the rows in `teacher.features` (={teachers})"
+        )
+    components, most_teachers = _components(flat, width, teachers), most_rows // 4
+    most_students = most_rows - most_teachers
+    # Per group ns * nt numbers of two products with K columns, which replace two products of nt rows with dim columns.
+    if any(len(c.students) > min(most_students, dim) or len(c.teachers) > most_teachers for c in components):
+        return None
+    return tuple(
+        _teacher_chunk(flat, width, part, most_students, dim)
+        for part in _cut(components, lambda component: len(component.teachers), most_teachers)
+    )
+
+
+def _components(flat: list[int], width: int, teachers: int) -> list[_Component]:
+    """What hangs together, by the first teacher row."""
+    parent = list(range(teachers))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = row = parent[parent[row]]
+        return row
+
+    first: dict[int, int] = {}  # of the teacher rows of a student row
+    for place, teacher in enumerate(flat):
+        if teacher >= 0:
+            a, b = root(teacher), root(first.setdefault(place // width, teacher))
+            parent[max(a, b)] = min(a, b)
+    components: dict[int, _Component] = {}
+    for teacher in range(teachers):
+        components.setdefault(root(teacher), _Component([], [])).teachers.append(teacher)
+    for student, teacher in first.items():
+        components[root(teacher)].students.append(student)
+    return list(components.values())
+
+
+def _cut(components: Sequence[_Component], size: Callable[[_Component], int], most: int) -> list[list[_Component]]:
+    """The components in order, in parts with about equally many rows, at most `most`."""
+    lengths = chunks_of(sum(map(size, components)), most)
+    parts: list[list[_Component]] = []
+    room = 0
+    for component in components:
+        if not parts or size(component) > room:
+            parts.append([])
+            room = max(lengths[0].stop, size(component))
+        parts[-1].append(component)
+        room -= size(component)
+    return parts
+
+
+def _teacher_chunk(
+    flat: list[int], width: int, components: list[_Component], most_students: int, dim: int
+) -> TeacherChunk:
+    rows = [row for component in components for row in component.teachers]
+    place_of = {row: place for place, row in enumerate(rows)}
+    trained = [component for component in components if component.students]
+    students = []
+    for part in _cut(trained, lambda component: len(component.students), most_students):
+        groups: list[tuple[slice, slice]] = []
+        numbers: list[int] = []
+        for group in _cut(part, lambda component: len(component.students), max(dim // 2, 1)):
+            start = len(numbers)
+            numbers += [row for component in group for row in component.students]
+            others = slice(place_of[group[0].teachers[0]], place_of[group[-1].teachers[-1]] + 1)
+            groups.append((slice(start, len(numbers)), others))
+        pairs = [
+            (place, place_of[flat[pair]], pair)
+            for place, row in enumerate(numbers)
+            for pair in range(row * width, (row + 1) * width)
+            if flat[pair] >= 0
+        ]
+        student, teacher, place = torch.tensor(pairs).t().contiguous()
+        students.append(StudentChunk(torch.tensor(numbers), tuple(groups), (student, teacher, place)))
+    return TeacherChunk(torch.tensor(rows), tuple(students))
