@@ -99,7 +99,7 @@ def test_a_stream_is_refused() -> None:
 
 def test_the_sample_is_fixed_and_without_what_cannot_be_read(tmp_path: Path) -> None:
     recipe, _ = tiny_method()
-    images = pictures(4000)
+    images = pictures(8000)
     sample = draw_sample(images, recipe, folder_without_val(tmp_path))
     assert (len(sample.bank), len(sample.viewed), sample.val) == (500, 125, None)
     assert sample.bank.labels.tolist() == draw_sample(images, recipe, tmp_path).bank.labels.tolist()

@@ -46,10 +46,12 @@ def lidar(x: np.ndarray) -> float:
     x = x.astype(np.float64)
     means = x.mean(axis=1)
     between, apart = means - means.mean(axis=0), (x - means[:, None]).reshape(-1, x.shape[2])
-    sb, sw = (rows.T @ rows / len(rows) for rows in (between, apart))
-    values, vectors = np.linalg.eigh(sw + DELTA * np.eye(len(sw)))
-    whitening = vectors / np.sqrt(values)  # Sw^-1/2 but for a rotation, which changes no eigenvalue
-    return _effective_number(np.linalg.eigvalsh(whitening.T @ sb @ whitening).clip(min=0))
+    sw = apart.T @ apart / len(apart) + DELTA * np.eye(x.shape[2])
+    # B Sw^-1 B^T / n has the same eigenvalues but for zeros, where Sb = B^T B / n.
+    found = np.linalg.eigvalsh(between @ np.linalg.solve(sw, between.T) / len(between))[::-1][: len(sw)]
+    values = np.zeros(len(sw))
+    values[: len(found)] = found.clip(min=0)
+    return _effective_number(values)
 
 
 def alpha_req(x: np.ndarray) -> float:
@@ -103,11 +105,11 @@ def ridge_top1(bank: Features, queries: Features) -> float:
     offset = targets.mean(axis=0)
     eigenvalues, vectors = np.linalg.eigh(x.T @ x)
     along = x @ vectors
-    moments = along.T @ (targets - offset)
+    squared, moments = along**2, along.T @ (targets - offset)
 
     def left_out(strength: float) -> float:
         shrinkage = 1 / (eigenvalues + strength)
-        leverage = 1 / len(x) + along**2 @ shrinkage  # of each image on its own fit, the intercept's included
+        leverage = 1 / len(x) + squared @ shrinkage  # of each image on its own fit, the intercept's included
         residuals = targets - offset - along @ (shrinkage[:, None] * moments)
         return float(np.mean((residuals / np.maximum(1 - leverage, 1e-12)[:, None]) ** 2))
 

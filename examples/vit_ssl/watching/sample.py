@@ -22,7 +22,7 @@ from evaluators.features.extraction import assemble, extract
 from evaluators.protocol import Features
 from runtime.distributed import device
 
-LEAST, SHARE, MOST = 400, 1 / 8, 2000
+LEAST, SHARE, MOST = 400, 1 / 16, 2000
 """At most so many train images are looked at: a share of an epoch, so that a look costs little in proportion to it."""
 VIEWS = 4
 """Augmented views of each image for LiDAR; as many views as there are images in the bank."""
