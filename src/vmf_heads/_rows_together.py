@@ -33,7 +33,8 @@ def pairs_together(y: Tensor, w: WeightNormed, d: Distillation, targets: Targets
     tau, exchange = d.student_temperature, d.students
     row_weight = y.new_ones(len(y)) if d.weights is None else d.weights[:, 0].to(y.dtype)
     y, z, row_weight = exchange.gather(y), exchange.gather(d.teacher.features), exchange.gather(row_weight)
-    chunks = chunks_of(len(y), d.chunk_rows // 2)
+    # Logits, targets, and where there are no blocks the product of the two.
+    chunks = chunks_of(len(y), d.chunk_rows // (2 if y.device.type == "cpu" else 3))
     memory = LogitsMemory(2 * most_rows(chunks), w.v)
     total.begin_rows(y)
     losses = torch.empty_like(row_weight)
