@@ -149,6 +149,8 @@ def test_the_work_is_that_of_the_operations() -> None:
     a, b = torch.zeros(2, 3), torch.zeros(3, 5)
     counted = work(lambda: torch.mm(a, b).add_(1).t())
     assert counted == {"multiplications": 2 * 3 * 5, "moved_bytes": 4 * (6 + 15 + 10 + 10 + 10)}
+    several = work(lambda: torch.bmm(torch.zeros(4, 2, 3), torch.zeros(4, 3, 5)))
+    assert several["multiplications"] == 4 * 2 * 3 * 5
 
 
 def test_rows_in_which_another_loss_is_faster_are_named() -> None:

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "mv": 0, "addmv": 1, "addmv_": 1}  # where their two operands begin
+# Where their two operands begin.
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "mv": 0, "addmv": 1, "addmv_": 1}
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 _FILLS = {"fill_", "zero_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_full", "full"}
 
@@ -36,7 +37,7 @@ class _Work(TorchDispatchMode):
             return result
         if name in _PRODUCTS:
             left, right = args[_PRODUCTS[name] :][:2]
-            self.multiplications += left.numel() * (right.shape[1] if right.dim() == 2 else 1)
+            self.multiplications += left.numel() * (right.shape[-1] if right.dim() > 1 else 1)
         operands = {key: value for key, value in kwargs.items() if key != "out"}
         read = [] if name in _FILLS else tree_leaves((args, operands))
         self.moved_bytes += sum(x.nbytes for x in (*read, *tree_leaves(result)) if isinstance(x, Tensor))
