@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cross_entropy_problems import gradients, problem, reference
 from test_cross_entropy import CENTER_ON, NORMALIZER, SCALES
+from test_cross_entropy_precision import dino_problem, products_in
 from vmf_heads import _chunked, _memory, prototype_cross_entropy
 from vmf_heads._row_groups import row_groups
 from vmf_heads.cross_entropy import dino_pairs
@@ -156,4 +157,22 @@ def test_other_pairs_are_worked_on_apart(together: list[int]) -> None:
     arguments = image_problem(scales=True)
     arguments["teacher_rows"][:, 0] = torch.arange(55) % 22
     assert_equal_to_the_reference(arguments)
+    assert together == []
+
+
+def test_pairs_that_were_found_under_another_default_device(together: list[int]) -> None:
+    arguments = image_problem(scales=True)
+    with torch.device("meta"):
+        prototype_cross_entropy(**arguments)
+    assert_equal_to_the_reference(arguments)
+    assert together == [1, 1]
+
+
+def test_large_weights_in_half_precision(together: list[int]) -> None:
+    """They are no factors of numbers in float16, which ends at 65504, and at 4 where small numbers are scaled up."""
+    arguments = dino_problem(1.0, k=257, images=2)
+    arguments["weights"] *= 1000
+    with products_in(torch.float16):
+        value, _, _ = prototype_cross_entropy(**arguments)
+    assert all(gradient.isfinite().all() for gradient in gradients(value, arguments).values())
     assert together == []

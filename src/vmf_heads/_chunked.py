@@ -88,10 +88,12 @@ def _losses(y: Tensor, w: WeightNormed, d: Distillation, targets: Targets, total
 
     Student rows are worked on together with the teacher rows that they are trained towards where it can be seen here
     which those are, and where they are few enough to be in memory together. A GPU's host would have to wait for it.
+    Products in half precision take numbers in [-1, 1] only, and together they are as large as the weights.
     """
     if d.teacher_rows is None:
         return pairs_together(y, w, d, targets, total)
-    if d.teacher_rows.device.type == "cpu" == w.v.device.type and has_values(w.v) and d.students.ranks == 1:
+    pairs_are_seen = d.teacher_rows.device.type == "cpu" == w.v.device.type and has_values(w.v)
+    if pairs_are_seen and d.students.ranks == 1 and w.dtype is None:
         teachers, dim = len(d.teacher.features), w.v.shape[1]
         chunks = row_groups(d.teacher_rows, teachers, most_rows=d.chunk_rows, dim=dim)
         if chunks is not None:

@@ -76,8 +76,9 @@ class GradientSums:
         ranks: int = 1,
         peaks: bool = False,
     ) -> None:
-        """Add what logit gradients scale_i p_ik of these rows give v and y; p (c, K) in [-1, 1] is overwritten.
+        """Add what logit gradients scale_i p_ik of these rows give v and y; p (c, K) is overwritten.
 
+        For products in half precision p must be in [-1, 1].
         `peaks`: p are probabilities whose targets are still to be subtracted: their peaks are kept from rounding.
         """
         taken = take_peaks_(p) if peaks and w.dtype is not None else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class TeacherChunk:
     @property
     def rows_of_memory(self) -> int:
         """How many rows of logits are needed: these, and beside them student rows in turn, or those of statistics."""
-        return len(self.rows) + max(len(self.rows), *(len(chunk.rows) for chunk in self.students), 0)
+        return len(self.rows) + max([len(self.rows), *(len(chunk.rows) for chunk in self.students)])
 
 
 def row_groups(teacher_rows: Tensor, teachers: int, *, most_rows: int, dim: int) -> tuple[TeacherChunk, ...] | None:
@@ -69,7 +71,7 @@ def row_groups(teacher_rows: Tensor, teachers: int, *, most_rows: int, dim: int)
 
 @lru_cache(maxsize=16)  # a training step has the pairs of the last one
 def _row_groups(content: bytes, width: int, teachers: int, most_rows: int, dim: int) -> tuple[TeacherChunk, ...] | None:
-    flat = torch.frombuffer(bytearray(content), dtype=torch.int64).tolist() if content else []
+    flat = array("q", content).tolist()
     if flat and max(flat) >= teachers:
         raise IndexError(
             f"`teacher_rows` (with {max(flat)}) must be less than the rows in `teacher.features` (={teachers})"
@@ -108,7 +110,7 @@ def _components(flat: list[int], width: int, teachers: int) -> list[_Component]:
 
 
 def _cut(components: Sequence[_Component], size: Callable[[_Component], int], most: int) -> list[list[_Component]]:
-    """The components in order, in parts with about equally many rows, at most `most`."""
+    """The components in order, in parts with about equally many rows: at most `most`, or a single component."""
     lengths = chunks_of(sum(map(size, components)), most)
     parts: list[list[_Component]] = []
     room = 0
@@ -142,6 +144,11 @@ def _teacher_chunk(
             for pair in range(row * width, (row + 1) * width)
             if flat[pair] >= 0
         ]
-        student, teacher, place = torch.tensor(pairs).t().contiguous()
-        students.append(StudentChunk(torch.tensor(numbers), tuple(groups), (student, teacher, place)))
-    return TeacherChunk(torch.tensor(rows), tuple(students))
+        student, teacher, place = map(_int64, zip(*pairs, strict=True))
+        students.append(StudentChunk(_int64(numbers), tuple(groups), (student, teacher, place)))
+    return TeacherChunk(_int64(rows), tuple(students))
+
+
+def _int64(numbers: Sequence[int]) -> Tensor:
+    """A tensor on the CPU, which torch.tensor would make on the default device: it is kept for later calls."""
+    return torch.from_numpy(np.array(numbers, dtype=np.int64))
