@@ -77,7 +77,7 @@ def groups_together(
         factor = over(share, divisor)
         for students in teachers.students:
             features = y[students.rows]
-            _, buffer = memory.take(nt, len(students.rows))
+            _, buffer = memory.take(nt, len(students.rows))  # the targets stay where they are: in the first nt rows
             logits, largest = logits_(w, features / tau, d.bias, buffer)
             pair_weight = students.weights_of_pairs(weights, nt)
             row_weight = pair_weight.sum(dim=1)

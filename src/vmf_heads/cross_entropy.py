@@ -69,7 +69,8 @@ def prototype_cross_entropy(
         normalizer: "vmf" adds log C_p on both sides; "none" is plain DINO.
         log_center: c (K,) of Eq. 9. None: zeros.
         teacher_rows: (Ns, M) int64, the teacher rows that student row i is trained towards; -1 means none. None:
-            student row i is trained towards teacher row i (iBOT's patches), which needs two products fewer.
+            student row i is trained towards teacher row i (iBOT's patches), which takes four products on every device.
+            Others take four where few rows hang together, as the crops of an image, on a CPU; elsewhere six.
         weights: (Ns, M) float, what each pair counts; None counts 1. All averaging lives here.
         center_on: what log_sum averages: "responsibilities" (the teacher's log C_p inside the softmax) or "scores"
             (without it, as Eq. 9 is printed); see `ProbabilityCentering`.
@@ -86,6 +87,7 @@ def prototype_cross_entropy(
     Raises:
         ValueError, TypeError: an argument is out of range, a shape does not fit, features are no unit vectors, or
             weights or a temperature require grad; the message names it.
+        IndexError: `teacher_rows` names a row that `teacher.features` does not have. On a GPU it is torch's own error.
         RuntimeError: a gradient was taken with create_graph=True. There is no second derivative. Or ranks that share
             prototypes out multiplied their losses by different numbers before the backward pass.
 
