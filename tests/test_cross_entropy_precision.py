@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cross_entropy_problems import SHAPES, cast, gradients, learning, problem, reference, weight_normed
 from devices import DEVICES
-from vmf_heads import HeadOutput, prototype_cross_entropy
+from vmf_heads import HeadOutput, _row_groups, prototype_cross_entropy
 from vmf_heads.centering import teacher_targets
 from vmf_heads.cross_entropy import dino_pairs, prototype_cross_entropy_reference
 from vmf_heads.prototypes import prototype_log_normalizer
@@ -57,7 +57,11 @@ def errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("norm", [0.3, 1.0, 5.0])
-def test_float32_is_as_exact_as_the_plain_loss(norm: float, device: str) -> None:
+@pytest.mark.parametrize("rows", ["together", "apart"])
+def test_float32_is_as_exact_as_the_plain_loss(
+    rows: str, norm: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_row_groups, "LEAST_DIM", 1 if rows == "together" else 1000)
     arguments = dino_problem(norm, device)
     exact = results(reference(arguments)[0], arguments)
     fused = errors(results(prototype_cross_entropy(**arguments)[0], arguments), exact)

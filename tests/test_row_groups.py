@@ -1,5 +1,6 @@
 """Rows that meet are found, and the loss of rows that are worked on together is that of its definition."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +14,17 @@ from torch import Tensor
 from cross_entropy_problems import gradients, problem, reference
 from test_cross_entropy import CENTER_ON, NORMALIZER, SCALES
 from test_cross_entropy_precision import dino_problem, products_in
-from vmf_heads import _chunked, _memory, prototype_cross_entropy
+from vmf_heads import _chunked, _memory, _row_groups, prototype_cross_entropy
 from vmf_heads._row_groups import row_groups
 from vmf_heads.cross_entropy import dino_pairs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def any_dim() -> Iterator[None]:
+    """Rows are worked on together with as few dimensions as these tests have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_row_groups, "LEAST_DIM", 1)
+        yield
 
 
 def pairs_of_images(images: int, students: int, teachers: int, width: int, seed: int) -> Tensor:
@@ -151,6 +160,14 @@ def test_without_gradients_and_without_pairs(together: list[int]) -> None:
         torch.testing.assert_close(prototype_cross_entropy(**arguments)[0], reference(arguments)[0])
     assert_equal_to_the_reference(arguments | {"teacher_rows": torch.full((55, 2), -1)})
     assert together == [1, 0]
+
+
+def test_rows_of_few_dimensions_are_worked_on_apart(together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = image_problem(scales=True)
+    prototype_cross_entropy(**arguments)
+    monkeypatch.setattr(_row_groups, "LEAST_DIM", 8)  # of 7
+    prototype_cross_entropy(**arguments)
+    assert together == [1]
 
 
 def test_other_pairs_are_worked_on_apart(together: list[int]) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ._logits import chunks_of
 
+LEAST_DIM = 192
+"""With fewer dimensions, the two products that are saved take less than the small ones and passes that come instead."""
+
 
 class _Component(NamedTuple):
     """Rows that pairs connect, as the crops of one image."""
@@ -62,20 +65,23 @@ def row_groups(teacher_rows: Tensor, teachers: int, *, most_rows: int, dim: int)
     """Chunks of at most `most_rows` rows, a quarter of them the teacher's, in which are all pairs of `teacher_rows`.
 
     A student row without a teacher row is in none of them, a teacher row without a student row is in one. None where
-    rows that hang together are too many, or so many that working on them together costs more than it saves.
+    rows that hang together are too many, or where working on them together costs more than it saves.
 
     Raises IndexError where a number is that of no teacher row.
     """
-    return _row_groups(teacher_rows.numpy().tobytes(), teacher_rows.shape[1], teachers, most_rows, dim)
+    numbers = teacher_rows.numpy()
+    if numbers.size and (largest := numbers.max()) >= teachers:
+        raise IndexError(
+            f"`teacher_rows` (with {largest}) must be less than the rows in `teacher.features` (={teachers})"
+        )
+    if dim < LEAST_DIM:
+        return None
+    return _row_groups(numbers.tobytes(), teacher_rows.shape[1], teachers, most_rows, dim)
 
 
 @lru_cache(maxsize=16)  # a training step has the pairs of the last one
 def _row_groups(content: bytes, width: int, teachers: int, most_rows: int, dim: int) -> tuple[TeacherChunk, ...] | None:
     flat = array("q", content).tolist()
-    if flat and max(flat) >= teachers:
-        raise IndexError(
-            f"`teacher_rows` (with {max(flat)}) must be less than the rows in `teacher.features` (={teachers})"
-        )
     components, most_teachers = _components(flat, width, teachers), most_rows // 4
     most_students = most_rows - most_teachers
     # Per group ns * nt numbers of two products with K columns, which replace two products of nt rows with dim columns.
