@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cross_entropy_problems import gradients, problem, reference
 from test_cross_entropy import CENTER_ON, NORMALIZER, SCALES
@@ -183,6 +184,15 @@ def test_pairs_that_were_found_under_another_default_device(together: list[int])
         prototype_cross_entropy(**arguments)
     assert_equal_to_the_reference(arguments)
     assert together == [1, 1]
+
+
+def test_under_a_fake_tensor_mode_no_pair_is_read(together: list[int]) -> None:
+    arguments = image_problem(scales=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        value, _, _ = prototype_cross_entropy(**arguments)
+    assert isinstance(value, FakeTensor)
+    assert_equal_to_the_reference(arguments)
+    assert together == [1]
 
 
 def test_large_weights_in_half_precision(together: list[int]) -> None:

@@ -92,7 +92,8 @@ def _losses(y: Tensor, w: WeightNormed, d: Distillation, targets: Targets, total
     """
     if d.teacher_rows is None:
         return pairs_together(y, w, d, targets, total)
-    pairs_are_seen = d.teacher_rows.device.type == "cpu" == w.v.device.type and has_values(w.v)
+    # Of the teacher, whose tensors are detached: under a FakeTensorMode that is what makes real ones fake.
+    pairs_are_seen = d.teacher_rows.device.type == "cpu" == w.v.device.type and has_values(d.teacher.directions)
     if pairs_are_seen and d.students.ranks == 1 and w.dtype is None:
         teachers, dim = len(d.teacher.features), w.v.shape[1]
         chunks = row_groups(d.teacher_rows, teachers, most_rows=d.chunk_rows, dim=dim)
