@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ._logits import chunks_of
 
-LEAST_DIM = 192
+LEAST_DIM = 128
 """With fewer dimensions, the two products that are saved take less than the small ones and passes that come instead."""
+MOST_ROWS = 512
+"""With more rows in a chunk, what is in a cache at a time are few prototypes, and the small products are many."""
 
 
 class _Component(NamedTuple):
@@ -64,8 +66,9 @@ class TeacherChunk:
 def row_groups(teacher_rows: Tensor, teachers: int, *, most_rows: int, dim: int) -> tuple[TeacherChunk, ...] | None:
     """Chunks of at most `most_rows` rows, a quarter of them the teacher's, in which are all pairs of `teacher_rows`.
 
-    A student row without a teacher row is in none of them, a teacher row without a student row is in one. None where
-    rows that hang together are too many, or where working on them together costs more than it saves.
+    They have at most `MOST_ROWS` rows, too. A student row without a teacher row is in none of them, a teacher row
+    without a student row is in one. None where rows that hang together are too many, or where working on them together
+    costs more than it saves.
 
     Raises IndexError where a number is that of no teacher row.
     """
@@ -76,7 +79,7 @@ def row_groups(teacher_rows: Tensor, teachers: int, *, most_rows: int, dim: int)
         )
     if dim < LEAST_DIM:
         return None
-    return _row_groups(numbers.tobytes(), teacher_rows.shape[1], teachers, most_rows, dim)
+    return _row_groups(numbers.tobytes(), teacher_rows.shape[1], teachers, min(most_rows, MOST_ROWS), dim)
 
 
 @lru_cache(maxsize=16)  # a training step has the pairs of the last one

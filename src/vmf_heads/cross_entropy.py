@@ -70,7 +70,7 @@ def prototype_cross_entropy(
         log_center: c (K,) of Eq. 9. None: zeros.
         teacher_rows: (Ns, M) int64, the teacher rows that student row i is trained towards; -1 means none. None:
             student row i is trained towards teacher row i (iBOT's patches), which takes four products on every device.
-            Others take four where few rows hang together, as the crops of an image, on a CPU and with p >= 192;
+            Others take four where few rows hang together, as the crops of an image, on a CPU and with p >= 128;
             elsewhere six.
         weights: (Ns, M) float, what each pair counts; None counts 1. All averaging lives here.
         center_on: what log_sum averages: "responsibilities" (the teacher's log C_p inside the softmax) or "scores"
