@@ -27,8 +27,8 @@ RECIPES = {
         "small28_msn_vmf",
         "small28_ibot_vmf",
     ),
-    "small32": ("small32_dino_vmf", "small32_ibot_vmf"),
-    "small64": ("small64_dino_vmf",),
+    "small32": ("small32_dino_vmf", "small32_dino", "small32_msn_vmf", "small32_ibot_vmf"),
+    "small64": ("small64_dino_vmf", "small64_dino", "small64_msn_vmf", "small64_ibot_vmf"),
 }
 """By the table of docs/examples.md that they are in; its result file has the same name."""
 PROTOCOLS = ("knn", "linear")
