@@ -133,7 +133,7 @@ def test_after_backward_a_fused_loss_holds_no_more_than_the_plain_one(output: st
             before = storages.alive()
             value.backward()
         student.zero_grad()  # of the gradients that were given away the graph keeps nothing either
-        _row_groups._row_groups.cache_clear()  # which rows meet is kept once for all steps
+        _row_groups._chunks_of_pairs.cache_clear()  # which rows meet is kept once for all steps
         held[fused] = storages.alive()
         assert held[fused] < before
         del value

@@ -104,7 +104,7 @@ def products(inputs: Inputs) -> None:
     )
     k, rows = len(w), rows_per_chunk(len(w), w.device)
     gradient, same_position = torch.zeros(w.shape, device=w.device), not inputs.size.ncrops
-    chunks = chunks_of(len(y), rows // 2 if same_position else rows)
+    chunks = chunks_of(len(y), rows // (2 if w.device.type == "cpu" else 3) if same_position else rows)
     memory = LogitsMemory(max(chunks[0].stop, min(rows, len(teacher_y))), w)
     probabilities = torch.ones(chunks[0].stop, k, dtype=half, device=w.device) if half else None
 

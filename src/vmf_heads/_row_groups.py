@@ -79,11 +79,13 @@ def row_groups(teacher_rows: Tensor, teachers: int, *, most_rows: int, dim: int)
         )
     if dim < LEAST_DIM:
         return None
-    return _row_groups(numbers.tobytes(), teacher_rows.shape[1], teachers, min(most_rows, MOST_ROWS), dim)
+    return _chunks_of_pairs(numbers.tobytes(), teacher_rows.shape[1], teachers, min(most_rows, MOST_ROWS), dim)
 
 
 @lru_cache(maxsize=16)  # a training step has the pairs of the last one
-def _row_groups(content: bytes, width: int, teachers: int, most_rows: int, dim: int) -> tuple[TeacherChunk, ...] | None:
+def _chunks_of_pairs(
+    content: bytes, width: int, teachers: int, most_rows: int, dim: int
+) -> tuple[TeacherChunk, ...] | None:
     flat = array("q", content).tolist()
     components, most_teachers = _components(flat, width, teachers), most_rows // 4
     most_students = most_rows - most_teachers
