@@ -1,50 +1,161 @@
 """`prototype_cross_entropy` inside torch.compile, with batched gradients, and on fake tensors."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cross_entropy_problems import gradients, head_output, problem, reference
-from test_cross_entropy import SAME_POSITION, SCALES
-from vmf_heads import HeadOutput, prototype_cross_entropy
+from test_cross_entropy import NORMALIZER, SAME_POSITION, SCALES
+from test_cross_entropy_precision import dino_problem
+from vmf_heads import (
+    HeadOutput,
+    _at_once,
+    _chunked,
+    _chunked_operator,
+    _loss_and_gradients,
+    _row_groups,
+    prototype_cross_entropy,
+)
+from vmf_heads.cross_entropy import prototype_cross_entropy_reference
 
 TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.05}
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the tracer itself does so
-@pytest.mark.parametrize(("same_position", "scales"), [(False, True), (True, False)])
-def test_compiles_without_a_graph_break(same_position: bool, scales: bool) -> None:
-    arguments = problem((7, 7, 13, 3, 1), scales=scales, same_position=same_position)
-    arguments["batch_chunk_size"] = 12  # two chunks of teacher rows, and of rows at the same position
+pytestmark = pytest.mark.filterwarnings(  # the tracer itself does so
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)
+
+# The ways to the loss under torch.compile, and rows in a chunk that lead there; the last one is a GPU's.
+WAYS = {"at once": 64, "an operator": 12, "traced": 12}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the other ways raise."""
+
+    def closed(*_: Any) -> Any:
+        raise AssertionError("another way was taken")
+
+    starts = {
+        "at once": (_at_once, "_logits"),
+        "an operator": (_chunked, "chunked_operator"),
+        "traced": (_chunked, "loss_and_gradients"),
+    }
+    for name, (module, function) in starts.items():
+        if name != request.param:
+            monkeypatch.setattr(module, function, closed)
+    if request.param == "traced":
+        monkeypatch.setattr(_chunked, "is_an_operator", lambda *_: False)
+    torch._dynamo.reset()
+    found: str = request.param
+    return found
+
+
+@NORMALIZER
+@SAME_POSITION
+@SCALES
+def test_compiles_without_a_graph_break(scales: bool, same_position: bool, normalizer: str, way: str) -> None:
+    """Into chunks, where there are some: two of teacher rows, and two of rows at the same position."""
+    arguments = problem((7, 7, 13, 3, 2), scales=scales, same_position=same_position)
+    if same_position:
+        arguments["weights"] = arguments["weights"][:, :1]
+    arguments |= {"normalizer": normalizer, "batch_chunk_size": WAYS[way]}
+
+    def loss(student: HeadOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        return prototype_cross_entropy(**arguments | {"student": student})[:2]
+
+    value, log_sum = torch.compile(loss, fullgraph=True, backend="aot_eager")(arguments["student"])
+    expected, expected_log_sum, _ = reference(arguments)
+    torch.testing.assert_close((value, log_sum), (expected, expected_log_sum))
+    torch.testing.assert_close(gradients(3 * value, arguments), gradients(3 * expected, arguments))
+
+
+def test_compiled_with_pairs_that_occur_twice_and_no_weights(way: str) -> None:
+    arguments = problem((7, 7, 13, 3, 3), scales=True) | {"weights": None, "batch_chunk_size": WAYS[way]}
+    arguments["teacher_rows"][:, 1] = arguments["teacher_rows"][:, 0]
+    arguments["student"].directions.requires_grad_(False)
+
+    def loss(student: HeadOutput) -> torch.Tensor:
+        return prototype_cross_entropy(**arguments | {"student": student})[0]
+
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(arguments["student"])
+    expected, _, _ = reference(arguments)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients(value, arguments), gradients(expected, arguments))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, in what checks its operators
+def test_the_operator_keeps_the_rules_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its schema, the shapes of its results without numbers, and what it does to its arguments, which is nothing."""
+    called: list[tuple[Any, ...]] = []
+    operator = _chunked_operator._operator
+    monkeypatch.setattr(_chunked_operator, "_operator", lambda *a: called.append(a) or operator(*a))
+    monkeypatch.setattr(_chunked, "is_an_operator", lambda *_: True)
+    for scales in (False, True):
+        prototype_cross_entropy(**problem((7, 7, 13, 3, 2), scales=scales))
+        *passed, _ = (x.detach() if torch.is_tensor(x) else x for x in called[-1])
+        for wanted in ([True, True, scales], [False, True, False], [False, False, False]):
+            torch.library.opcheck(operator, (*passed, wanted))
+
+
+def test_compiled_crops_are_worked_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator reads the pairs, which a tracer cannot."""
+    monkeypatch.setattr(_row_groups, "LEAST_DIM", 1)
+    seen: list[int] = []
+    together = _loss_and_gradients.groups_together
+    monkeypatch.setattr(
+        _loss_and_gradients, "groups_together", lambda y, *rest: seen.append(len(y)) or together(y, *rest)
+    )
+    arguments = dino_problem(1.0, k=257, images=2) | {"batch_chunk_size": 16}
 
     def loss(student: HeadOutput) -> torch.Tensor:
         return prototype_cross_entropy(**arguments | {"student": student})[0]
 
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(arguments["student"])
-    expected = reference(arguments)[0]
-    torch.testing.assert_close(compiled, expected)
-    torch.testing.assert_close(gradients(3 * compiled, arguments), gradients(3 * expected, arguments))
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(arguments["student"])
+    torch.testing.assert_close(value.double(), reference(arguments)[0], rtol=1e-5, atol=1e-6)
+    assert seen == [len(arguments["student"].features)]
 
 
 @pytest.mark.slow  # builds kernels
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @SAME_POSITION
-def test_compiled_kernels_equal_the_reference(same_position: bool) -> None:
+def test_compiled_kernels_equal_the_reference(same_position: bool, way: str) -> None:
     """Inductor's own code for the elementwise work: torch 2.13 had a fault there, which `_logits` avoids.
 
     In one chunk and without log C_p, whose compilation has tests of its own: every chunk is unrolled into the graph.
     """
     arguments = problem((7, 7, 37, 5, 1), scales=True, same_position=same_position) | {"normalizer": "none"}
+    arguments["batch_chunk_size"] = {"at once": 64, "an operator": 27, "traced": 27}[way]
 
     def loss(student: HeadOutput) -> tuple[torch.Tensor, torch.Tensor]:
         return prototype_cross_entropy(**arguments | {"student": student})[:2]
 
-    torch._dynamo.reset()
     value, log_sum = torch.compile(loss, fullgraph=True)(arguments["student"])
     expected, expected_log_sum, _ = reference(arguments)
     torch.testing.assert_close((value, log_sum), (expected, expected_log_sum))
     torch.testing.assert_close(gradients(3 * value, arguments), gradients(3 * expected, arguments))
+
+
+@pytest.mark.slow  # builds kernels
+def test_compiled_kernels_are_as_exact_as_the_plain_loss() -> None:
+    """In float32, over so many prototypes that sums of them, one by one, lose digits."""
+    arguments = problem((24, 8, 20_001, 16, 2), scales=True, dtype=torch.float32)
+
+    def loss(student: HeadOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        return prototype_cross_entropy(**arguments | {"student": student})[:2]
+
+    def errors(value: torch.Tensor, log_sum: torch.Tensor) -> list[float]:
+        results = {"loss": value.detach(), "log_sum": log_sum} | gradients(value, arguments)
+        return [float((results[n].double() - exact[n]).norm() / exact[n].norm()) for n in exact]
+
+    value, log_sum, _ = reference(arguments)
+    exact = {"loss": value.detach(), "log_sum": log_sum} | gradients(value, arguments)
+    torch._dynamo.reset()
+    compiled = errors(*torch.compile(loss, fullgraph=True)(arguments["student"]))
+    plain = errors(*prototype_cross_entropy_reference(**arguments)[:2])
+    assert all(ours <= 1.25 * theirs + 1e-7 for ours, theirs in zip(compiled, plain, strict=True)), (compiled, plain)
 
 
 @SCALES

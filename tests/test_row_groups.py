@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from cross_entropy_problems import gradients, problem, reference
 from test_cross_entropy import CENTER_ON, NORMALIZER, SCALES
 from test_cross_entropy_precision import dino_problem, products_in
-from vmf_heads import _chunked, _memory, _row_groups, prototype_cross_entropy
+from vmf_heads import _loss_and_gradients, _memory, _row_groups, prototype_cross_entropy
 from vmf_heads._row_groups import row_groups
 from vmf_heads.cross_entropy import dino_pairs
 
@@ -105,8 +105,8 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(sum(len(chunk.students) for chunk in chunks))
         return original(y, w, d, chunks, *rest)
 
-    original = _chunked.groups_together
-    monkeypatch.setattr(_chunked, "groups_together", observed)
+    original = _loss_and_gradients.groups_together
+    monkeypatch.setattr(_loss_and_gradients, "groups_together", observed)
     return seen
 
 

@@ -29,8 +29,7 @@ def plain(inputs: Inputs) -> Tensor:
     with torch.no_grad():
         teacher = inputs.teacher_y @ inputs.teacher_prototypes().T
         targets = torch.softmax((teacher - inputs.center) / TEACHER_TEMPERATURE, dim=-1)
-        center = inputs.center * 0.9 + teacher.mean(dim=0, keepdim=True) * 0.1
-    del center  # computed for its cost; every call gets the same centre
+        inputs.statistics = inputs.center * 0.9 + teacher.mean(dim=0, keepdim=True) * 0.1
     return _pairs(student, targets, inputs.size.ncrops)
 
 
@@ -42,7 +41,7 @@ def unfused(inputs: Inputs) -> Tensor:
         raw = inputs.teacher_y @ inputs.teacher_prototypes().T / TEACHER_TEMPERATURE
         logits = raw + teacher_bias
         targets = torch.softmax(logits - inputs.center, dim=1)
-        torch.log_softmax(logits, dim=1).logsumexp(dim=0)
+        inputs.statistics = torch.log_softmax(logits, dim=1).logsumexp(dim=0)
     return _pairs(student, targets, inputs.size.ncrops)
 
 
@@ -57,11 +56,11 @@ def linear(inputs: Inputs) -> Tensor:
     with torch.no_grad():
         teacher = inputs.teacher_y @ inputs.teacher_prototypes().T
         targets = torch.softmax((teacher - inputs.center) / TEACHER_TEMPERATURE, dim=-1)
-        center = inputs.center * 0.9 + teacher.mean(dim=0, keepdim=True) * 0.1
+        inputs.statistics = inputs.center * 0.9 + teacher.mean(dim=0, keepdim=True) * 0.1
         if size.ncrops:
             first, second = targets.chunk(2)
             targets = torch.cat([second, first, *[first + second] * (size.ncrops - 2)])
-    del center, teacher
+    del teacher
     dtype = autocast_dtype(w.device) or w.dtype
     operands = [x.to(dtype) for x in (inputs.y / STUDENT_TEMPERATURE, w, targets)]
     options = torch.nn.LinearCrossEntropyOptions()
@@ -80,7 +79,7 @@ def fused(inputs: Inputs, *, normalizer: str = "vmf", chunk_rows: int | None = N
     teacher_rows, weights = (
         dino_pairs(size.images, size.ncrops, device=inputs.y.device) if size.ncrops else (None, None)
     )
-    loss, _, _ = prototype_cross_entropy(
+    loss, inputs.statistics, _ = prototype_cross_entropy(
         inputs.student,
         inputs.teacher,
         student_temperature=STUDENT_TEMPERATURE,

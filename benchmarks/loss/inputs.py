@@ -77,6 +77,8 @@ class Inputs:
         self._w = (norms[0] * directions[0]).requires_grad_()
         self._teacher_w = norms[1] * directions[1]
         self.center = torch.zeros(1, k, device=device)
+        # A loss leaves here what its centre is updated from, so that no compiler leaves it out. No loss reads it.
+        self.statistics: Tensor | None = None
 
     @property
     def student(self) -> HeadOutput:

@@ -13,6 +13,12 @@ from .prototypes import HeadOutput
 
 Wanted = tuple[bool, bool, bool]  # of the gradients of features, directions and scales
 
+NO_SECOND_DERIVATIVE = (
+    "a gradient of `prototype_cross_entropy`, or of a loss with fused=True, was taken with create_graph=True, but "
+    "it cannot be differentiated again: it was finished in the forward pass. For a gradient penalty or a Hessian "
+    "use fused=False, or `prototype_cross_entropy_reference`"
+)
+
 
 @dataclass(frozen=True)
 class Distillation:

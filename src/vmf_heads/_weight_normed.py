@@ -64,6 +64,8 @@ class WeightNormed:
             return dw if along_w is None else dw.addcmul_(self.v, along_w[:, None]), None
         along = torch.empty_like(self.factor)
         rows = max(1, _memory.CACHE_BYTES // (4 * dw.shape[1]))  # of several passes that find them in a cache
+        if torch.compiler.is_compiling():  # which makes one pass of them
+            rows = max(1, len(dw))
         blocks = (x.split(rows) for x in (dw, self.v, self.factor, self._length, along))
         for gradient, v, factor, length, result in zip(*blocks, strict=True):
             torch.div(torch.linalg.vecdot(gradient, v), length, out=result)
@@ -97,7 +99,7 @@ def add_average(
 ) -> None:
     """total (K, p) += p' @ x for p (c, K) in [-1, 1], with the `peaks` that were taken from it; = where `is_empty`."""
     if dtype is None:
-        total.addmm_(p.t(), x, beta=0 if is_empty else 1)
+        torch.mm(p.t(), x, out=total) if is_empty else total.addmm_(p.t(), x)
         return
     # Weighted features may be smaller than what float16 can hold.
     largest = torch.linalg.vector_norm(x, torch.inf).clamp(min=torch.finfo(x.dtype).tiny)

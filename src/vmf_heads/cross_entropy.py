@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._at_once import CrossEntropyAtOnce, is_at_once
 from ._checks import at_least, constant, one_of
 from ._chunked import ChunkedCrossEntropy
 from ._distillation import Distillation
@@ -167,7 +168,9 @@ def prototype_cross_entropy(
         teachers=teachers,
     )
     with without_autocast(student.features.device):
-        loss, log_sum = ChunkedCrossEntropy.apply(*student, distillation, wanted)
+        at_once = is_at_once(distillation, len(student.features), student.features.device)
+        function = CrossEntropyAtOnce if at_once else ChunkedCrossEntropy
+        loss, log_sum = function.apply(*student, distillation, wanted)
     if shards is not None:
         log_sum = shards.spread(log_sum, -torch.inf)
     return loss, log_sum, len(teacher.features)
