@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._distillation import Distillation, Wanted
+from ._expansion import constant_in_graphs
 from ._loss_and_gradients import LossAndGradients, loss_and_gradients
 from ._shards import Alone
 from .prototypes import HeadOutput
@@ -29,8 +30,13 @@ def is_an_operator(v: Tensor, d: Distillation) -> bool:
 
     Not for torch.export, because its program shall run without this library.
     """
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return compiling and v.device.type == "cpu" and d.students.ranks == 1
+    compiling_here = torch.compiler.is_compiling() and v.device.type == "cpu" and d.students.ranks == 1
+    return compiling_here and not _is_exporting()
+
+
+@constant_in_graphs
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()  # where it is traced, torch 2.8 takes it to be true
 
 
 def chunked_operator(y: Tensor, v: Tensor, scales: Tensor | None, d: Distillation, wanted: Wanted) -> LossAndGradients:
