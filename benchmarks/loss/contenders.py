@@ -12,6 +12,7 @@ from vmf_heads._logits import LogitsMemory, chunks_of
 from vmf_heads._matmul import autocast_dtype, mm_float32, without_autocast
 from vmf_heads._memory import rows_per_chunk
 from vmf_heads._row_groups import row_groups
+from vmf_heads._rows_together import pairs_per_chunk
 from vmf_heads.cross_entropy import dino_pairs
 
 Contender = Callable[[Inputs], Tensor]
@@ -103,7 +104,7 @@ def products(inputs: Inputs) -> None:
     )
     k, rows = len(w), rows_per_chunk(len(w), w.device)
     gradient, same_position = torch.zeros(w.shape, device=w.device), not inputs.size.ncrops
-    chunks = chunks_of(len(y), rows // (2 if w.device.type == "cpu" else 3) if same_position else rows)
+    chunks = chunks_of(len(y), pairs_per_chunk(rows, w.device) if same_position else rows)
     memory = LogitsMemory(max(chunks[0].stop, min(rows, len(teacher_y))), w)
     probabilities = torch.ones(chunks[0].stop, k, dtype=half, device=w.device) if half else None
 

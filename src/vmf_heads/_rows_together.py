@@ -24,6 +24,12 @@ from ._row_groups import TeacherChunk
 from ._targets import Targets, over
 from ._weight_normed import WeightNormed
 
+_MOST_PAIRS = 384
+"""The products get no faster with more, and the fewer they are, the more prototypes of them are in a cache at a time.
+
+With some thousand prototypes, memory for so many takes less than 32 MiB. That much the C library keeps between calls.
+"""
+
 
 def pairs_together(y: Tensor, w: WeightNormed, d: Distillation, targets: Targets, total: GradientSums) -> Tensor:
     """The weighted losses (Ns,) of rows that are trained towards the teacher row at their own place, as patches are.
@@ -33,8 +39,7 @@ def pairs_together(y: Tensor, w: WeightNormed, d: Distillation, targets: Targets
     tau, exchange = d.student_temperature, d.students
     row_weight = y.new_ones(len(y)) if d.weights is None else d.weights[:, 0].to(y.dtype)
     y, z, row_weight = exchange.gather(y), exchange.gather(d.teacher.features), exchange.gather(row_weight)
-    # Logits, targets, and where there are no blocks the product of the two.
-    chunks = chunks_of(len(y), d.chunk_rows // (2 if y.device.type == "cpu" else 3))
+    chunks = chunks_of(len(y), pairs_per_chunk(d.chunk_rows, y.device))
     memory = LogitsMemory(2 * most_rows(chunks), w.v)
     total.begin_rows(y)
     losses = torch.empty_like(row_weight)
@@ -56,6 +61,13 @@ def pairs_together(y: Tensor, w: WeightNormed, d: Distillation, targets: Targets
     if total.dy is not None:
         total.dy = exchange.sum_own(total.dy)
     return exchange.sum_own(losses)
+
+
+def pairs_per_chunk(chunk_rows: int, device: torch.device) -> int:
+    """How many pairs are in memory at a time, of `chunk_rows` rows of logits."""
+    if device.type == "cpu":
+        return min(chunk_rows // 2, _MOST_PAIRS)
+    return chunk_rows // 3  # logits, targets and, because there are no blocks, the product of the two
 
 
 def groups_together(

@@ -248,11 +248,9 @@ def dino_pairs(
     at_least("batch_size", batch_size, 1)
     at_least("ngcrops", ngcrops, 1)
     at_least("ncrops", ncrops, max(2, ngcrops))
-    image = torch.arange(batch_size, device=device).repeat(ncrops)
-    view = torch.arange(ncrops, device=device).repeat_interleave(batch_size)
-    teacher_view = torch.arange(ngcrops, device=device)
-    same = view[:, None] == teacher_view
-    teacher_rows = torch.where(same, -1, teacher_view * batch_size + image[:, None])
+    row = torch.arange(ncrops * batch_size, device=device)[:, None]
+    of_image = row % batch_size + batch_size * torch.arange(ngcrops, device=device)
+    teacher_rows = torch.where(of_image == row, -1, of_image)
     weight = 1 / (batch_size * ngcrops * (ncrops - 1))
     return teacher_rows, torch.full(teacher_rows.shape, weight, dtype=torch.float64, device=device)
 
