@@ -18,7 +18,7 @@ from vmf_heads.cross_entropy import dino_pairs
 Contender = Callable[[Inputs], Tensor]
 
 PLAIN, COMPILED, PRODUCTS = "plain DINO", "plain DINO, compiled", "the matrix products alone"
-FUSED, UNFUSED = "vMF, fused", "vMF, unfused"
+FUSED, FUSED_COMPILED, UNFUSED = "vMF, fused", "vMF, fused, compiled", "vMF, unfused"
 FLEX, SDPA = "vMF, flex_attention", "vMF, SDPA"
 CHUNKED, CHUNKED_COMPILED = "vMF, chunks, eager epilogues", "vMF, chunks, compiled epilogues"
 LINEAR = "plain DINO, linear_cross_entropy"

@@ -122,7 +122,9 @@ def _contenders(inputs: Inputs) -> tuple[dict[str, contenders.Contender], dict[s
         contenders.FUSED: contenders.fused,
         contenders.LINEAR: contenders.linear,
     }
-    if inputs.y.is_cuda:
+    if not inputs.y.is_cuda:
+        calls[contenders.FUSED_COMPILED] = torch.compile(contenders.fused, dynamic=False)
+    else:
         calls[contenders.CHUNKED] = chunked.by_chunks
         calls[contenders.CHUNKED_COMPILED] = partial(chunked.by_chunks, compiled=True)
         calls[contenders.SDPA] = partial(attention.by_attention, attention=attention.sdpa)
