@@ -87,6 +87,22 @@ def test_compiled_with_pairs_that_occur_twice_and_no_weights(way: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, in what checks its operators
+def test_compiled_once_for_batches_of_any_size(way: str) -> None:
+    arguments = problem((7, 7, 13, 3, 2), scales=True) | {"batch_chunk_size": WAYS[way]}
+
+    def loss(student: HeadOutput, teacher: HeadOutput, teacher_rows: torch.Tensor) -> torch.Tensor:
+        own = {"student": student, "teacher": teacher, "teacher_rows": teacher_rows, "weights": None}
+        return prototype_cross_entropy(**arguments | own)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (7, 8, 11):
+        own = problem((rows, rows, 13, 3, 2), scales=True)
+        value = compiled(own["student"], own["teacher"], own["teacher_rows"])
+        expected, _, _ = reference(own | {"log_center": arguments["log_center"], "weights": None})
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradients(value, own), gradients(expected, own))
+
+
 def test_the_operator_keeps_the_rules_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its schema, the shapes of its results without numbers, and what it does to its arguments, which is nothing."""
     called: list[tuple[Any, ...]] = []
@@ -135,7 +151,8 @@ def test_compiled_kernels_equal_the_reference(same_position: bool, way: str) -> 
     value, log_sum = torch.compile(loss, fullgraph=True)(arguments["student"])
     expected, expected_log_sum, _ = reference(arguments)
     torch.testing.assert_close((value, log_sum), (expected, expected_log_sum))
-    torch.testing.assert_close(gradients(3 * value, arguments), gradients(3 * expected, arguments))
+    torch.testing.assert_close(gradients(3 * value, arguments, retain_graph=True), gradients(3 * expected, arguments))
+    torch.testing.assert_close(gradients(value, arguments), gradients(reference(arguments)[0], arguments))
 
 
 @pytest.mark.slow  # builds kernels

@@ -70,8 +70,8 @@ class CrossEntropyAtOnce(Function):
         w, factor = WeightNormed(v, scales, None), grad / ctx.temperature
         along_w = None if slope is None else difference.sum(dim=1) * slope * grad
         dv, dscales = w.gradients_(difference @ (y * factor), along_w, ctx.wanted[1:])
-        dy = w.average_(difference.t()) * factor if ctx.wanted[0] else None
-        return dy, dv, dscales, None, None
+        dy = (difference.t() if w.factor is None else difference.t() * w.factor) @ v * factor
+        return dy if ctx.wanted[0] else None, dv, dscales, None, None
 
 
 def _logits(w: WeightNormed, y: Tensor, temperature: float, bias: Tensor | None) -> Tensor:

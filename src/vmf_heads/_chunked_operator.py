@@ -20,7 +20,7 @@ from .prototypes import HeadOutput
 _SCHEMA = """(
     Tensor y, Tensor v, Tensor? scales, Tensor? bias, Tensor? bias_slope,
     Tensor teacher_y, Tensor teacher_v, Tensor? teacher_scales, Tensor? statistics_bias, Tensor? target_bias,
-    Tensor? teacher_rows, Tensor? weights, float teacher_temperature, float student_temperature, int chunk_rows,
+    Tensor? teacher_rows, Tensor? weights, float teacher_temperature, float student_temperature, SymInt chunk_rows,
     bool[] wanted
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
