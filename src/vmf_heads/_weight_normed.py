@@ -62,18 +62,26 @@ class WeightNormed:
         """
         if self.factor is None:
             return dw if along_w is None else dw.addcmul_(self.v, along_w[:, None]), None
+        if torch.compiler.is_compiling():  # which makes one pass of it, if nothing is in place
+            along = (dw * self.v).sum(dim=1) / self._length
+            dw = dw * self.factor[:, None] - (self.factor * along / self._length)[:, None] * self.v
+        else:
+            along = self._gradients_in_blocks_(dw, wanted[0])
+        if along_w is not None:
+            along = torch.addcmul(along, along_w, self.factor * self._length)
+        return dw if wanted[0] else None, along if wanted[1] else None
+
+    def _gradients_in_blocks_(self, dw: Tensor, wants_dv: bool) -> Tensor:
+        """The gradient of the scales; dw (K, p) becomes that of v if it is wanted."""
+        assert self.factor is not None
         along = torch.empty_like(self.factor)
         rows = max(1, _memory.CACHE_BYTES // (4 * dw.shape[1]))  # of several passes that find them in a cache
-        if torch.compiler.is_compiling():  # which makes one pass of them
-            rows = max(1, len(dw))
         blocks = (x.split(rows) for x in (dw, self.v, self.factor, self._length, along))
         for gradient, v, factor, length, result in zip(*blocks, strict=True):
             torch.div(torch.linalg.vecdot(gradient, v), length, out=result)
-            if wanted[0]:
+            if wants_dv:
                 gradient.mul_(factor[:, None]).addcmul_(v, (factor * result / length)[:, None], value=-1)
-        if along_w is not None:
-            along.addcmul_(along_w, self.factor * self._length)
-        return dw if wanted[0] else None, along if wanted[1] else None
+        return along
 
 
 class Peaks(NamedTuple):
