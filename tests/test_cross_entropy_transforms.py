@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -84,6 +85,36 @@ def test_compiled_with_pairs_that_occur_twice_and_no_weights(way: str) -> None:
     expected, _, _ = reference(arguments)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradients(value, arguments), gradients(expected, arguments))
+
+
+def test_compiled_in_the_contexts_of_a_training_loop(way: str) -> None:
+    """The backward pass is traced under the autocast that is on around the call. Directions may be a transpose."""
+    arguments = problem((7, 7, 37, 16, 2), dtype=torch.float32) | {"batch_chunk_size": WAYS[way]}
+    features, directions, _ = arguments["student"]
+    arguments["student"] = HeadOutput(features, directions.detach().t().contiguous().t().requires_grad_(), None)
+
+    def loss(student: HeadOutput) -> torch.Tensor:
+        return prototype_cross_entropy(**arguments | {"student": student})[0]
+
+    with torch.autocast("cpu", torch.bfloat16), torch.device("cpu"):
+        value = torch.compile(loss, fullgraph=True, backend="aot_eager")(arguments["student"])
+    expected, _, _ = reference(arguments)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients(value, arguments), gradients(expected, arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tracer's, where it goes on after a break
+def test_compiled_with_a_temperature_that_no_operator_takes() -> None:
+    """The tracer makes a tensor of NumPy's numbers."""
+    arguments = problem((7, 7, 13, 3, 1), scales=True, same_position=True)
+    arguments |= {"batch_chunk_size": WAYS["an operator"], "normalizer": "none"}
+
+    def loss(student: HeadOutput, temperature: Any) -> torch.Tensor:
+        return prototype_cross_entropy(**arguments | {"student": student, "teacher_temperature": temperature})[0]
+
+    torch._dynamo.reset()
+    value = torch.compile(loss, backend="aot_eager")(arguments["student"], np.float64(0.05))
+    torch.testing.assert_close(value, reference(arguments | {"teacher_temperature": 0.05})[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, in what checks its operators
