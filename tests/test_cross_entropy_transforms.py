@@ -1,5 +1,6 @@
 """`prototype_cross_entropy` inside torch.compile, with batched gradients, and on fake tensors."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,9 @@ def test_compiled_in_the_contexts_of_a_training_loop(way: str) -> None:
     def loss(student: HeadOutput) -> torch.Tensor:
         return prototype_cross_entropy(**arguments | {"student": student})[0]
 
-    with torch.autocast("cpu", torch.bfloat16), torch.device("cpu"):
+    # Within a default device torch 2.8 traces no Tensor.split, which chunks need.
+    device = nullcontext() if way == "traced" else torch.device("cpu")
+    with torch.autocast("cpu", torch.bfloat16), device:
         value = torch.compile(loss, fullgraph=True, backend="aot_eager")(arguments["student"])
     expected, _, _ = reference(arguments)
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
