@@ -1,7 +1,9 @@
 """`prototype_cross_entropy` inside torch.compile, with batched gradients, and on fake tensors."""
 
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -67,6 +69,7 @@ def test_compiles_without_a_graph_break(scales: bool, same_position: bool, norma
         return prototype_cross_entropy(**arguments | {"student": student})[:2]
 
     value, log_sum = torch.compile(loss, fullgraph=True, backend="aot_eager")(arguments["student"])
+    assert not log_sum.requires_grad
     expected, expected_log_sum, _ = reference(arguments)
     torch.testing.assert_close((value, log_sum), (expected, expected_log_sum))
     torch.testing.assert_close(gradients(3 * value, arguments), gradients(3 * expected, arguments))
@@ -84,6 +87,38 @@ def test_compiled_with_pairs_that_occur_twice_and_no_weights(way: str) -> None:
     expected, _, _ = reference(arguments)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradients(value, arguments), gradients(expected, arguments))
+
+
+def test_compiled_in_the_contexts_of_a_training_loop(way: str) -> None:
+    """The backward pass is traced under the autocast that is on around the call. Directions may be a transpose."""
+    arguments = problem((7, 7, 37, 16, 2), dtype=torch.float32) | {"batch_chunk_size": WAYS[way]}
+    features, directions, _ = arguments["student"]
+    arguments["student"] = HeadOutput(features, directions.detach().t().contiguous().t().requires_grad_(), None)
+
+    def loss(student: HeadOutput) -> torch.Tensor:
+        return prototype_cross_entropy(**arguments | {"student": student})[0]
+
+    # Within a default device torch 2.8 traces no Tensor.split, which chunks need.
+    device = nullcontext() if way == "traced" else torch.device("cpu")
+    with torch.autocast("cpu", torch.bfloat16), device:
+        value = torch.compile(loss, fullgraph=True, backend="aot_eager")(arguments["student"])
+    expected, _, _ = reference(arguments)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients(value, arguments), gradients(expected, arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tracer's, where it goes on after a break
+def test_compiled_with_a_temperature_that_no_operator_takes() -> None:
+    """The tracer makes a tensor of NumPy's numbers."""
+    arguments = problem((7, 7, 13, 3, 1), scales=True, same_position=True)
+    arguments |= {"batch_chunk_size": WAYS["an operator"], "normalizer": "none"}
+
+    def loss(student: HeadOutput, temperature: Any) -> torch.Tensor:
+        return prototype_cross_entropy(**arguments | {"student": student, "teacher_temperature": temperature})[0]
+
+    torch._dynamo.reset()
+    value = torch.compile(loss, backend="aot_eager")(arguments["student"], np.float64(0.05))
+    torch.testing.assert_close(value, reference(arguments | {"teacher_temperature": 0.05})[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, in what checks its operators

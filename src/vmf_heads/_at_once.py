@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from ._distillation import NO_SECOND_DERIVATIVE, Distillation, Wanted
+from ._matmul import without_autocast
 from ._once import once_differentiable
 from ._weight_normed import WeightNormed
 
@@ -67,10 +68,12 @@ class CrossEntropyAtOnce(Function):
     @once_differentiable(NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         difference, y, v, scales, slope = ctx.saved_tensors
-        w, factor = WeightNormed(v, scales, None), grad / ctx.temperature
-        along_w = None if slope is None else difference.sum(dim=1) * slope * grad
-        dv, dscales = w.gradients_(difference @ (y * factor), along_w, ctx.wanted[1:])
-        dy = (difference.t() if w.factor is None else difference.t() * w.factor) @ v * factor
+        # Autocast that is on around the compiled call is also on where its backward pass is traced.
+        with without_autocast(y.device):
+            w, factor = WeightNormed(v, scales, None), grad / ctx.temperature
+            along_w = None if slope is None else difference.sum(dim=1) * slope * grad
+            dv, dscales = w.gradients_(difference @ (y * factor), along_w, ctx.wanted[1:])
+            dy = (difference.t() if w.factor is None else difference.t() * w.factor) @ v * factor
         return dy if ctx.wanted[0] else None, dv, dscales, None, None
 
 
@@ -91,7 +94,8 @@ def _sum(x: Tensor) -> Tensor:
     """The sums over K of (K, c), in parts: one by one, small numbers would be lost in a sum that has grown."""
     if missing := -len(x) % _SUMMED_AT_ONCE:
         x = F.pad(x, (0, 0, 0, missing))
-    return x.unflatten(0, (-1, _SUMMED_AT_ONCE)).sum(dim=1).sum(dim=0)
+    # The function: torch.compile cannot trace the method under a `torch.device` context or torch.set_default_device.
+    return torch.unflatten(x, 0, (-1, _SUMMED_AT_ONCE)).sum(dim=1).sum(dim=0)
 
 
 def _weights_of_pairs(teacher_rows: Tensor, weights: Tensor | None, like: Tensor) -> Tensor:

@@ -28,10 +28,12 @@ _SCHEMA = """(
 def is_an_operator(v: Tensor, d: Distillation) -> bool:
     """Whether the loss of these prototypes is the operator's: on a CPU, where torch.compile traces.
 
-    Not for torch.export, because its program shall run without this library.
+    Not for torch.export, because its program shall run without this library. Not where a temperature is a tensor or,
+    which is the same to the tracer, a number of NumPy's: the operator takes none.
     """
     compiling_here = torch.compiler.is_compiling() and v.device.type == "cpu" and d.students.ranks == 1
-    return compiling_here and not _is_exporting()
+    are_numbers = isinstance(d.teacher_temperature, (int, float)) and isinstance(d.student_temperature, (int, float))
+    return compiling_here and are_numbers and not _is_exporting()
 
 
 @constant_in_graphs

@@ -57,8 +57,8 @@ def prototype_cross_entropy(
     DistributedDataParallel makes them for other parameters. Rows of features are sent, and a few numbers for each,
     but nothing with K columns.
 
-    Inside torch.compile on a CPU few rows, whose logits take up to half of a chunk, are done at once in code of their own;
-    more are one operator, which does the same as here. Elsewhere the compiler traces the chunks.
+    Inside torch.compile on a CPU few rows, whose logits take up to half of a chunk, are done at once in code of their
+    own; more are one operator, which does the same as here. Elsewhere the compiler traces the chunks.
 
     In the words of `torch.nn.functional.linear_cross_entropy` (torch >= 2.13), `student.features` is `input`, the
     student's prototypes over the temperature are `linear_weight`, log C_p is `linear_bias`, and t, which is never held
