@@ -17,6 +17,7 @@ from test_cross_entropy import CENTER_ON, NORMALIZER, SCALES
 from test_cross_entropy_precision import dino_problem, products_in
 from vmf_heads import _loss_and_gradients, _memory, _row_groups, prototype_cross_entropy
 from vmf_heads._row_groups import row_groups
+from vmf_heads._rows_together import pairs_per_chunk
 from vmf_heads.cross_entropy import dino_pairs
 
 
@@ -161,6 +162,14 @@ def test_without_gradients_and_without_pairs(together: list[int]) -> None:
         torch.testing.assert_close(prototype_cross_entropy(**arguments)[0], reference(arguments)[0])
     assert_equal_to_the_reference(arguments | {"teacher_rows": torch.full((55, 2), -1)})
     assert together == [1, 0]
+
+
+def test_pairs_in_memory_at_a_time() -> None:
+    """On a CPU logits and targets, and of 8192 prototypes not more than what malloc keeps; elsewhere their product."""
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    assert [pairs_per_chunk(rows, cpu) for rows in (2048, 256)] == [384, 128]
+    assert 2 * 384 * 8192 * 4 < 32 * 2**20
+    assert pairs_per_chunk(2048, other) == 682
 
 
 def test_rows_of_few_dimensions_are_worked_on_apart(together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,10 +107,7 @@ def add_average(
 ) -> None:
     """total (K, p) += p' @ x for p (c, K) in [-1, 1], with the `peaks` that were taken from it; = where `is_empty`."""
     if dtype is None:
-        if is_empty and total.is_contiguous():  # torch.compile takes no other `out`
-            torch.mm(p.t(), x, out=total)
-        else:
-            total.addmm_(p.t(), x, beta=0 if is_empty else 1)
+        total.addmm_(p.t(), x, beta=0 if is_empty else 1)
         return
     # Weighted features may be smaller than what float16 can hold.
     largest = torch.linalg.vector_norm(x, torch.inf).clamp(min=torch.finfo(x.dtype).tiny)

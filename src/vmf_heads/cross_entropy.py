@@ -58,7 +58,7 @@ def prototype_cross_entropy(
     but nothing with K columns.
 
     Inside torch.compile on a CPU few rows, whose logits take up to half of a chunk, are done at once in code of their
-    own; more are one operator, which does the same as here. Elsewhere the compiler traces the chunks.
+    own; more are one operator, which does the same as without a compiler. On a GPU the chunks are traced.
 
     In the words of `torch.nn.functional.linear_cross_entropy` (torch >= 2.13), `student.features` is `input`, the
     student's prototypes over the temperature are `linear_weight`, log C_p is `linear_bias`, and t, which is never held
@@ -92,7 +92,8 @@ def prototype_cross_entropy(
     Raises:
         ValueError, TypeError: an argument is out of range, a shape does not fit, features are no unit vectors, or
             weights or a temperature require grad; the message names it.
-        IndexError: `teacher_rows` names a row that `teacher.features` does not have. On a GPU it is torch's own error.
+        IndexError: `teacher_rows` names a row that `teacher.features` does not have. On a GPU and inside
+            torch.compile it may be torch's own error.
         RuntimeError: a gradient was taken with create_graph=True. There is no second derivative. Or ranks that share
             prototypes out multiplied their losses by different numbers before the backward pass.
 
