@@ -202,7 +202,7 @@ def test_an_exported_function_of_head_outputs_is_saved_and_loaded(
 ) -> None:
     loss = Loss(rows)
     program = torch.export.export(loss, (output(), output()))
-    assert "vmf_heads" not in str(program.graph), "it shall run without this library"
+    assert "torch.ops.vmf_heads" not in program.graph_module.print_readable(print_output=False)
     loaded = written_and_read(program)
     assert "weights_only" not in capfd.readouterr().err  # its example inputs are read without executing anything
     arguments = output(), output()
