@@ -1,7 +1,7 @@
 """The loss in chunks as one operator, which torch.compile calls on a CPU instead of tracing it.
 
 Traced, every chunk would be code of its own, whose passes find nothing in a cache, and no pair could be read, so that
-student and teacher rows would be worked on apart. For iBOT's patches that took twice as long.
+student and teacher rows would be worked on apart. That takes longer than without a compiler.
 """
 
 from __future__ import annotations
