@@ -23,7 +23,8 @@ _SUMMED_AT_ONCE = 64
 def is_at_once(d: Distillation, rows: int, device: torch.device) -> bool:
     """Whether the loss of so many student rows is made at once: on a CPU, where torch.compile traces, and of few rows.
 
-    Of those, two buffers together keep within the rows of a chunk. With more, chunks that stay in a cache are as fast.
+    They are few if all rows of student and teacher fit twice into the memory of a chunk. With more, chunks that stay in
+    a cache are as fast.
     """
     compiled_here = torch.compiler.is_compiling() and device.type == "cpu" and d.students.ranks == 1
     return compiled_here and 2 * (rows + len(d.teacher.features)) <= d.chunk_rows
@@ -78,8 +79,11 @@ class CrossEntropyAtOnce(Function):
 
 
 def _logits(w: WeightNormed, y: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
-    """<w, y> / temperature + bias (K, c)."""
-    factor = 1 / temperature  # after the product, whose compiler would otherwise copy the bias to its result first
+    """<w, y> / temperature + bias (K, c).
+
+    Divided after the product: Inductor makes a bias right behind a product part of it, and copies it to all rows first.
+    """
+    factor = 1 / temperature
     logits = (w.v @ y.t()) * (factor if w.factor is None else (w.factor * factor)[:, None])
     return logits if bias is None else logits + bias[:, None]
 
@@ -99,7 +103,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _weights_of_pairs(teacher_rows: Tensor, weights: Tensor | None, like: Tensor) -> Tensor:
-    """(Ns, Nt): what each pair counts, summed where it occurs twice, in the dtype of one number per teacher row."""
+    """(Ns, Nt), in the dtype of `like` (Nt,): what each pair counts, summed where it occurs twice."""
     weights = like.new_ones(teacher_rows.shape) if weights is None else weights.to(like.dtype)
     result = like.new_zeros(len(teacher_rows), len(like))
     return result.scatter_add(1, teacher_rows.clamp(min=0), weights.masked_fill(teacher_rows < 0, 0))
