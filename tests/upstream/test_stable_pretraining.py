@@ -42,7 +42,7 @@ def test_at_norm_one_with_logit_centring_training_is_the_original_one(train, met
     original = train(method, diff=False, unit=True)
     got = train(method, unit=True, centering="logit", fused=fused, start_of=str(original["file"]))
     if method == "DINOv2":  # Sinkhorn-Knopp: there is a centre here, and nothing moves it
-        assert not got["state_of_loss"].pop("center").any()
+        assert not got["state_of_loss"].pop("log_center").any()
     check_same_training(got, original)
 
 
