@@ -122,7 +122,6 @@ def test_compiled_with_a_temperature_that_no_operator_takes() -> None:
     torch.testing.assert_close(value, reference(arguments | {"teacher_temperature": 0.05})[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, in what checks its operators
 def test_compiled_once_for_batches_of_any_size(way: str) -> None:
     arguments = problem((7, 7, 13, 3, 2), scales=True) | {"batch_chunk_size": WAYS[way]}
 
@@ -139,6 +138,7 @@ def test_compiled_once_for_batches_of_any_size(way: str) -> None:
         torch.testing.assert_close(gradients(value, own), gradients(expected, own))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, in what checks its operators
 def test_the_operator_keeps_the_rules_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its schema, the shapes of its results without numbers, and what it does to its arguments, which is nothing."""
     called: list[tuple[Any, ...]] = []
